@@ -1,0 +1,1 @@
+"""Tokens in, tokens out: llama.cpp in a process of its own."""

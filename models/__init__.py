@@ -1,0 +1,1 @@
+"""Files: names to files, hub and package downloads, GGUF headers, LoRA adapters."""

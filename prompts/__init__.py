@@ -1,0 +1,1 @@
+"""A prompt file becomes chat messages: persona, rules, demonstrations."""

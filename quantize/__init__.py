@@ -1,0 +1,1 @@
+"""A Hugging Face checkpoint becomes GGUF: converted, calibrated, quantized, measured."""

@@ -1,0 +1,1 @@
+"""Text and vectors: parse, chunk, embed, store, search."""
