@@ -33,7 +33,7 @@ $(ASSETS): tests/assets.toml tests/fetch_assets.py $(INSTALLED)
 
 lock:  ## resolve pyproject.toml anew into requirements.lock
 	$(PYTHON) -m venv .cache/lock && .cache/lock/bin/pip install -q uv
-	.cache/lock/bin/python benchmarks/../scripts/lock.py
+	.cache/lock/bin/python scripts/lock.py
 
 clean:
 	rm -rf $(VENV) .cache
