@@ -1,4 +1,4 @@
-"""Resolve pyproject.toml into requirements.lock (what runs) and requirements-dev.lock (that and what tests it).
+"""Resolve pyproject.toml into requirements.lock and requirements-dev.lock (what runs; what tests it).
 
 One pair of locks serves every platform and Python from 3.11 on. Two things are left to the installer on
 purpose: hashes, and the GPU libraries below torch. The same `torch==2.13.0` is a CPU wheel on one index and a
@@ -16,17 +16,19 @@ HEADER = "# Written by `make lock`; scripts/lock.py says what is left out and wh
 
 def resolve(*options: str) -> str:
     """Pinned requirements, one a line, for the given extras and constraints."""
-    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11"]
-    command += ["--no-annotate", "--no-header", *options, "pyproject.toml"]
+    uv = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-annotate", "--no-header"]
+    command = [*uv, "--universal", "--python-version", "3.11", *options, "pyproject.toml"]
     resolved = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    return "\n".join(line for line in resolved.splitlines() if line and not line.startswith(LEFT_TO_TORCH)) + "\n"
+    lines = resolved.splitlines(keepends=True)
+    return "".join(line for line in lines if line.strip() and not line.startswith(LEFT_TO_TORCH))
 
 
 def main() -> None:
     """Write both locks anew; the second keeps every version of the first."""
     runtime = ROOT / "requirements.lock"
-    runtime.write_text(HEADER + resolve("--extra", "korean", "--extra", "build"), "utf-8")
-    everything = resolve("--extra", "korean", "--extra", "build", "--extra", "dev", "--constraint", runtime.name)
+    extras = ("--extra", "korean", "--extra", "build")
+    runtime.write_text(HEADER + resolve(*extras), "utf-8")
+    everything = resolve(*extras, "--extra", "dev", "--constraint", runtime.name)
     Path(ROOT, "requirements-dev.lock").write_text(HEADER + everything, "utf-8")
 
 

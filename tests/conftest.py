@@ -1,4 +1,4 @@
-"""Real weights and tokenizers for the tests, from `.cache/assets` (filled by `make test`, never while tests run)."""
+"""Real weights and tokenizers for the tests, from `.cache/assets`, which `make test` fills beforehand."""
 
 import os
 import shutil

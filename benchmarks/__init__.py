@@ -1,0 +1,1 @@
+"""Speed of lq against named peers: same commit, same file, same threads, alternating runs."""
