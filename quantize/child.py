@@ -1,0 +1,188 @@
+"""Run one llama.cpp quantize call in a child process, and bring back a whole file or nothing.
+
+Owns the child's life, its messages, the temporary name and the rename. llama.cpp aborts the process on
+some inputs and cannot be interrupted; neither may touch us. Knows nothing of calibration.
+"""
+
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from quantize.errors import QuantizeError
+from quantize.imatrix import ImportanceMatrix
+from quantize.types import Order, call
+
+#: (tensor number, tensors in all, tensor name)
+TensorProgress = Callable[[int, int, str], None]
+
+TENSOR_LINE = re.compile(r"\[ *(\d+)/ *(\d+)\] +(\S+) ")
+FALLBACK_LINE = re.compile(
+    r"warning: (\S+) +- ncols +(\d+) not divisible by +(\d+) \(required for type +(\S+)\) "
+    r"(.*)-> falling back to +(\S+)"
+)
+WRITE_ERRORS = ("iostream error", "basic_ios", "No space left", "File too large")
+
+
+class QuantizeCallFailed(QuantizeError):
+    """llama.cpp refused the file, or died on it."""
+
+
+class OutputNotWritten(QuantizeError):
+    """The disk did not take the file."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        free = shutil.disk_usage(path.parent).free
+        super().__init__(
+            f"could not write {path}: {reason} ({free / 1e6:.0f} MB free on that disk); "
+            "make room or choose another --out, and run the same command again: finished steps are kept"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """A tensor whose rows do not fit its recipe's block, and the type it got instead."""
+
+    tensor: str
+    row_length: int
+    wanted: str
+    given: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What llama.cpp said about a finished call."""
+
+    fallbacks: tuple[Fallback, ...]
+    requires_importance: bool  # only known from a dry run without a matrix
+
+
+def quantize(order: Order, *, progress: TensorProgress | None = None) -> Outcome:
+    """Make `order.out`; it appears whole or not at all. Ctrl-C stops the child and removes what it wrote."""
+    if order.out.resolve() == order.source.resolve():
+        raise QuantizeError(f"{order.out} is the source itself; choose another --out")
+    order.out.parent.mkdir(parents=True, exist_ok=True)
+    partial = order.out.with_name(f".{order.out.name}.partial")
+    try:
+        lines = _run(replace(order, out=partial), order.out, progress)
+        _sync(partial)
+        partial.replace(order.out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return _outcome(lines)
+
+
+def plan(order: Order) -> Outcome:
+    """What llama.cpp would do, from its own dry run: nothing is written."""
+    return _outcome(_run(replace(order, dry_run=True), order.out, None))
+
+
+def _run(order: Order, final: Path, progress: TensorProgress | None) -> list[str]:
+    """The child's log lines; raises when it failed, died or could not write."""
+    with tempfile.TemporaryDirectory(prefix="lq-") as folder:
+        last_words = Path(folder) / "stderr"
+        succeeded, exitcode, lines = _relay(order, last_words, progress)
+        if not succeeded and last_words.exists():
+            lines += last_words.read_text("utf-8", "replace").splitlines()
+    if not succeeded:
+        raise _failure(order, final, lines, exitcode)
+    return lines
+
+
+def _relay(
+    order: Order, last_words: Path, progress: TensorProgress | None
+) -> tuple[bool, int | None, list[str]]:
+    """Whether it succeeded, the exit code and the log lines; the child is dead when this returns or raises."""
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_child, args=(order, sender, last_words), name="lq-quantize", daemon=True)
+    process.start()
+    sender.close()
+    lines: list[str] = []
+    try:
+        while not isinstance(message := _receive(receiver), bool):
+            lines.append(message)
+            _tell(message, progress)
+        process.join()
+    finally:
+        if process.is_alive():
+            process.kill()
+            process.join()
+        receiver.close()
+    return message, process.exitcode, lines
+
+
+def _receive(receiver: Connection) -> str | bool:
+    """The next line; True or False at the end, False also when the child died."""
+    try:
+        return receiver.recv()
+    except EOFError:
+        return False
+
+
+def _tell(line: str, progress: TensorProgress | None) -> None:
+    if progress and (match := TENSOR_LINE.match(line)):
+        progress(int(match[1]), int(match[2]), match[3])
+
+
+def _failure(order: Order, final: Path, lines: list[str], exitcode: int | None) -> QuantizeError:
+    said = " ".join(lines[-12:])
+    if any(sign in said for sign in WRITE_ERRORS):
+        return OutputNotWritten(final, "the disk is full or the file grew over its limit")
+    reasons = [line for line in lines if "failed to quantize" in line or "GGML_ASSERT" in line]
+    reason = reasons[-1].partition("failed to quantize: ")[2] or reasons[-1] if reasons else said[-300:]
+    died = f"llama.cpp died (exit code {exitcode}): " if exitcode else ""
+    return QuantizeCallFailed(f"quantizing {order.source} to {order.type} failed: {died}{reason.strip()}")
+
+
+def _outcome(lines: list[str]) -> Outcome:
+    found = [match for line in lines if (match := FALLBACK_LINE.search(line))]
+    return Outcome(
+        fallbacks=tuple(Fallback(m[1], int(m[2]), m[4].upper(), m[6].upper()) for m in found),
+        requires_importance=any("will require an imatrix" in line for line in lines),
+    )
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _child(order: Order, sender: Connection, last_words: Path) -> None:
+    """The child's whole life: Ctrl-C is the parent's to handle, and a dead parent ends it at the next line."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["GGML_NO_BACKTRACE"] = "1"
+    with last_words.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    relay = _LineRelay(sender)
+    matrix = ImportanceMatrix.read(order.importance).means() if order.importance else {}
+    succeeded = call(order, matrix, relay)
+    relay.flush()
+    sender.send(succeeded)
+    sender.close()
+
+
+class _LineRelay:
+    """Joins the pieces that llama.cpp logs into lines and sends each whole one."""
+
+    def __init__(self, sender: Connection) -> None:
+        self.sender = sender
+        self.pending = ""
+
+    def __call__(self, _level: int, text: bytes) -> None:
+        *lines, self.pending = (self.pending + text.decode("utf-8", "replace")).split("\n")
+        try:
+            for line in filter(None, lines):
+                self.sender.send(line)
+        except OSError:
+            os._exit(1)
+
+    def flush(self) -> None:
+        if self.pending:
+            self.sender.send(self.pending)

@@ -1,0 +1,155 @@
+"""llama.cpp's quantization types by name, and its quantize call, which may abort the process it runs in.
+
+The only file that touches llama.cpp's quantize calls; `call` runs in a child process that `quantize.child`
+owns. Refuses to know where files come from, where they go, and who is told about progress.
+"""
+
+import ctypes
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from quantize.errors import QuantizeError
+
+#: Name -> LLAMA_FTYPE number. Every type that llama_model_quantize of the pinned llama.cpp accepts.
+FTYPES: Mapping[str, int] = {
+    "F32": 0, "F16": 1, "BF16": 32,
+    "Q8_0": 7, "Q6_K": 18,
+    "Q5_K_M": 17, "Q5_K_S": 16, "Q5_1": 9, "Q5_0": 8,
+    "Q4_K_M": 15, "Q4_K_S": 14, "Q4_1": 3, "Q4_0": 2, "IQ4_NL": 25, "IQ4_XS": 30, "MXFP4_MOE": 38,
+    "Q3_K_L": 13, "Q3_K_M": 12, "Q3_K_S": 11, "IQ3_M": 27, "IQ3_S": 26, "IQ3_XS": 22, "IQ3_XXS": 23,
+    "Q2_K": 10, "Q2_K_S": 21, "Q2_0": 41,
+    "IQ2_M": 29, "IQ2_S": 28, "IQ2_XS": 20, "IQ2_XXS": 19,
+    "TQ2_0": 37, "TQ1_0": 36, "IQ1_M": 31, "IQ1_S": 24, "Q1_0": 40,
+}  # fmt: skip
+
+ALIASES: Mapping[str, str] = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M", "MXFP4": "MXFP4_MOE"}
+
+#: Types whose recipe holds a tensor type that llama.cpp refuses, or aborts on, without an importance matrix.
+NEED_IMATRIX = frozenset(
+    {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"}
+)
+
+DEFAULT_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "Q3_K_M", "Q2_K")
+
+
+class UnknownType(QuantizeError):
+    """A type name that llama.cpp does not have."""
+
+    def __init__(self, name: str) -> None:
+        close = difflib.get_close_matches(name.upper(), [*FTYPES, *ALIASES], n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        super().__init__(f"--types: {name!r} is not a quantization type{hint} Known: {', '.join(FTYPES)}")
+
+
+class NeedsImportance(QuantizeError):
+    """A type that is garbage without an importance matrix, asked for without one."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        listed = ", ".join(names)
+        super().__init__(
+            f"--types: {listed} needs an importance matrix, and --calibration none gives none; "
+            "use --calibration self or a text file, or leave the type out"
+        )
+
+
+def parse_types(text: str) -> tuple[str, ...]:
+    """The names in a comma-separated list, in order, aliases resolved, each once."""
+    names: dict[str, None] = {}
+    for part in (part.strip() for part in text.split(",")):
+        if not part:
+            continue
+        name = ALIASES.get(part.upper(), part.upper())
+        if name not in FTYPES:
+            raise UnknownType(part)
+        names[name] = None
+    if not names:
+        raise QuantizeError(f"--types: the list is empty; give names such as {','.join(DEFAULT_TYPES)}")
+    return tuple(names)
+
+
+def refuse_without_importance(types: Iterable[str]) -> None:
+    """Raise before any work when a type cannot be made without an importance matrix."""
+    if needing := [name for name in types if name in NEED_IMATRIX]:
+        raise NeedsImportance(needing)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One quantize call, picklable. `importance` is an imatrix GGUF; overrides are (regex, ggml type)."""
+
+    source: Path
+    out: Path
+    type: str
+    importance: Path | None = None
+    n_threads: int = 0
+    allow_requantize: bool = False
+    token_embedding_type: int | None = None
+    overrides: tuple[tuple[str, int], ...] = ()
+    dry_run: bool = False
+
+
+def call(order: Order, importance: Mapping[str, np.ndarray], log: Callable[[int, bytes], None]) -> bool:
+    """Run llama_model_quantize and say whether it succeeded; `log` gets (level, text) pieces as they come.
+
+    `importance`: tensor name -> float32 mean squares, (n_matrices * ne0,). Blocks; may abort the process.
+    """
+    import llama_cpp
+
+    callback = llama_cpp.llama_log_callback(lambda level, text, _: log(level, text))
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = FTYPES[order.type]
+    params.nthread = order.n_threads
+    params.allow_requantize = order.allow_requantize
+    params.dry_run = order.dry_run
+    if order.token_embedding_type is not None:
+        params.token_embedding_type = order.token_embedding_type
+    alive: list[object] = [callback]  # what C holds pointers to, until the call returns
+    if importance:
+        params.imatrix = _matrix_array(importance, alive)
+        params.kv_overrides = _metadata_array(order, importance, alive)
+    if order.overrides:
+        rows = [(pattern.encode(), kind) for pattern, kind in order.overrides]
+        array = (llama_cpp.llama_model_tensor_override * (len(rows) + 1))(*rows, (None, 0))
+        params.tt_overrides = array
+        alive.append(array)
+    code = llama_cpp.llama_model_quantize(
+        str(order.source).encode(), str(order.out).encode(), ctypes.byref(params)
+    )
+    alive.clear()
+    return code == 0
+
+
+def _matrix_array(importance: Mapping[str, np.ndarray], alive: list[object]):
+    """The NULL-terminated C array of importance entries."""
+    import llama_cpp
+
+    rows = []
+    for name, values in importance.items():
+        data = np.ascontiguousarray(values, np.float32).reshape(-1)
+        alive.append(data)
+        rows.append((name.encode(), data.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), data.size))
+    array = (llama_cpp.llama_model_imatrix_data * (len(rows) + 1))(*rows, (None, None, 0))
+    alive.append(array)
+    return array
+
+
+def _metadata_array(order: Order, importance: Mapping[str, np.ndarray], alive: list[object]):
+    """What llama-quantize writes about the matrix that it used: file name and number of entries."""
+    import llama_cpp
+
+    array = (llama_cpp.llama_model_kv_override * 3)()
+    array[0].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR
+    array[0].key = b"quantize.imatrix.file"
+    name = order.importance.name if order.importance else ""
+    array[0].value.val_str = name.encode()[:127]
+    array[1].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
+    array[1].key = b"quantize.imatrix.entries_count"
+    array[1].value.val_i64 = len(importance)
+    alive.append(array)
+    return array

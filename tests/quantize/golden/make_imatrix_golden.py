@@ -1,0 +1,42 @@
+"""Write imatrix_golden.npz: what llama.cpp's own llama-imatrix collects on alice.txt, for the test to compare.
+
+usage: make_imatrix_golden.py LLAMA_IMATRIX MODEL.gguf
+LLAMA_IMATRIX is the program built from the same llama.cpp commit as llama-cpp-python; MODEL the SmolLM2 of
+the tests (Q4_1). Tensors that read the same activations hold the same numbers, so one of each is kept.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from quantize.imatrix import ImportanceMatrix
+
+FOLDER = Path(__file__).parent
+CHUNK = 256
+KEPT = ("attn_q", "attn_output", "ffn_up", "ffn_down")
+
+
+def main() -> None:
+    program, model = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "matrix.gguf"
+        options = ["-c", str(CHUNK), "-t", "2", "--no-ppl", "-o", str(out)]
+        subprocess.run([program, "-m", model, "-f", str(FOLDER / "alice.txt"), *options], check=True)
+        matrix = ImportanceMatrix.read(out)
+    kept = {name: entry for name, entry in matrix.entries.items() if name.split(".")[2] in KEPT}
+    arrays = {name: _shortened(entry.means()) for name, entry in kept.items()}
+    count = {int(entry.counts[0]) for entry in kept.values()}
+    np.savez_compressed(FOLDER / "imatrix_golden.npz", count=list(count), **arrays)
+
+
+def _shortened(values: np.ndarray) -> np.ndarray:
+    """Mantissas cut to 15 bits (relative error below 2e-5), so that the file compresses."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x80) & 0xFFFFFF00).view(np.float32)
+
+
+if __name__ == "__main__":
+    main()
