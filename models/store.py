@@ -38,16 +38,17 @@ class UnknownModel(ModelsError):
     """A name that neither the store nor the file system knows."""
 
     def __init__(self, name: str, known: list[str]) -> None:
-        close = difflib.get_close_matches(name, [*known, *catalog()], n=3, cutoff=0.5)
-        in_store = [match for match in close if match in known]
-        hint = f"; did you mean {' or '.join(in_store)}?" if in_store else ""
-        offers = [match for match in close if match not in known]
-        remedy = (
-            f"`lq pull {offers[0]}` fetches that one" if offers else "`lq list --catalog` shows what to pull"
-        )
+        here = difflib.get_close_matches(name, known, n=2)
+        offers = difflib.get_close_matches(name, list(catalog()), n=1)
         if name in catalog():
             remedy = f"`lq pull {name}` fetches it"
-        super().__init__(f"no model named {name!r} in the store{hint}; {remedy}")
+        elif here:
+            remedy = f"did you mean {' or '.join(here)}? `lq list` shows what is here"
+        elif offers:
+            remedy = f"`lq pull {offers[0]}` would fetch the closest of the catalogue"
+        else:
+            remedy = "`lq list` shows what is here, `lq list --catalog` what can be pulled"
+        super().__init__(f"no model named {name!r} in the store; {remedy}")
 
 
 class NameTaken(ModelsError):
