@@ -173,6 +173,12 @@ class Store:
                 folder.rename(stage.folder)
             shutil.rmtree(stage.folder)
 
+    def resolve_or_pull(self, text: str, *, progress: Progress | None = None) -> Path:
+        """resolve_model, after pulling a catalogue name that is not here yet."""
+        if text in catalog() and not (self.models / text).is_dir():
+            self.pull(text, progress=progress)
+        return self.resolve_model(text)
+
     def resolve_model(self, text: str) -> Path:
         """The GGUF that a store name or path means, its header checked."""
         path = self._resolve(text, "gguf", "quantize a checkpoint first: `lq quantize NAME`")

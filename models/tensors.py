@@ -39,6 +39,10 @@ class Slot:
     start: int
     end: int
 
+    @property
+    def n_elements(self) -> int:
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
@@ -73,7 +77,7 @@ class TensorFile:
             )
         with self.path.open("rb") as file:
             file.seek(slot.start)
-            raw = np.fromfile(file, dtype=_FLOATS[slot.dtype], count=math.prod(slot.shape))
+            raw = np.fromfile(file, dtype=_FLOATS[slot.dtype], count=slot.n_elements)
         if slot.dtype == "BF16":
             raw = (raw.astype(np.uint32) << 16).view(np.float32)
         return raw.astype(np.float32, copy=False).reshape(slot.shape)

@@ -44,7 +44,7 @@ def tiny_llama(seed: int = 0):
             tie_word_embeddings=False,
             max_position_embeddings=64,
             rms_norm_eps=1e-6,
-        )  # fmt: skip
+        )
     ).eval()
 
 
