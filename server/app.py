@@ -1,0 +1,83 @@
+"""The Litestar application of a service: routes, keys, errors in OpenAI's shape, the OpenAPI page."""
+
+import logging
+import traceback
+
+from litestar import Litestar, Request
+from litestar.config.cors import CORSConfig
+from litestar.connection import ASGIConnection
+from litestar.exceptions import HTTPException
+from litestar.handlers import BaseRouteHandler
+from litestar.openapi import OpenAPIConfig
+from litestar.response import Response
+
+from server.errors import Failure, describe, of_status
+from server.gate import Gate
+from server.openapi_page import SPECIFICATION_PATH, DocumentPage, Specification
+from server.routes.chat import chat_completions
+from server.routes.completions import completions
+from server.routes.embeddings import embeddings
+from server.routes.health import health, metrics
+from server.routes.models import list_models, show_model
+from server.service import Service
+
+LOG = logging.getLogger("lq.server")
+ROUTES = [chat_completions, completions, embeddings, list_models, show_model, health, metrics]
+
+
+def create_app(service: Service) -> Gate:
+    """The ASGI application; the service must stay open as long as it runs."""
+    origins = service.settings.server.cors_origins
+    app = Litestar(
+        ROUTES,
+        guards=[_require_key],
+        exception_handlers={HTTPException: _of_litestar, Exception: _of_any},
+        openapi_config=_openapi(),
+        cors_config=CORSConfig(allow_origins=list(origins), allow_credentials=False) if origins else None,
+        request_max_body_size=None,  # server.body counts, and drains what is too much
+        logging_config=None,
+    )
+    app.state.service = service
+    return Gate(app, service)
+
+
+def _require_key(connection: ASGIConnection, handler: BaseRouteHandler) -> None:
+    if handler.opt.get("open") or connection.scope["path"].startswith("/docs"):
+        return
+    service: Service = connection.app.state.service
+    service.keys.check(connection.headers.get("authorization"))
+
+
+def _of_litestar(request: Request, error: HTTPException) -> Response:
+    if error.status_code == 404:
+        return _response(of_status(404, f"no route {request.method} {request.url.path}; see /docs"))
+    return _response(of_status(error.status_code, error.detail))
+
+
+def _of_any(request: Request, error: Exception) -> Response:
+    failure = describe(error)
+    if failure.code == "internal_error":
+        # The place, not the message: an exception may quote what a user wrote.
+        place = "".join(traceback.format_tb(error.__traceback__))
+        LOG.error("%s %s\n%s", request.scope.get("lq_request_id"), type(error).__name__, place)
+    return _response(failure)
+
+
+def _response(failure: Failure) -> Response:
+    return Response(
+        failure.body(),
+        status_code=failure.status,
+        headers=failure.headers(),
+        media_type="application/json",
+    )
+
+
+def _openapi() -> OpenAPIConfig:
+    return OpenAPIConfig(
+        title="lq",
+        version="1",
+        description="OpenAI's API for local models, assistants and documents.",
+        path="/docs",
+        use_handler_docstrings=True,
+        render_plugins=[DocumentPage(path="/"), Specification(path=SPECIFICATION_PATH)],
+    )

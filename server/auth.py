@@ -1,0 +1,90 @@
+"""Who may ask: API keys, compared in constant time, and the names under which the server may be addressed."""
+
+import hashlib
+import hmac
+import os
+from pathlib import Path
+
+from server.errors import HostNotAllowed, Unauthorized
+from server.settings import Settings, SettingsError
+
+ENVIRONMENT = "LQ_API_KEY"
+MIN_KEY_CHARACTERS = 8
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
+
+
+class Keys:
+    """The accepted API keys; none means that everybody may ask."""
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        # Digests have one length, so that comparing tells nothing about the keys.
+        self._digests = tuple(_digest(key) for key in keys)
+
+    @property
+    def required(self) -> bool:
+        return bool(self._digests)
+
+    def check(self, authorization: str | None) -> None:
+        """Raise Unauthorized unless the Authorization header carries one of the keys."""
+        if not self.required:
+            return
+        scheme, _, key = (authorization or "").partition(" ")
+        given = _digest(key.strip()) if scheme.lower() == "bearer" else _digest("")
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        if not any(matches):
+            raise Unauthorized(given=bool(key))
+
+
+def read_keys(settings: Settings) -> Keys:
+    """Keys from the file (one a line, `#` comments) and the environment; refuses an open door without one."""
+    keys = tuple(_from_file(settings.server.api_key_file)) + tuple(_from_environment())
+    for key in keys:
+        if len(key) < MIN_KEY_CHARACTERS:
+            raise SettingsError(f"an API key has {len(key)} characters; use {MIN_KEY_CHARACTERS} or more")
+    if not keys and not settings.is_loopback:
+        raise SettingsError(
+            f"{settings.server.host} can be reached from other machines, so an API key is needed: "
+            f"set {ENVIRONMENT} or --api-key-file, or serve on 127.0.0.1"
+        )
+    return Keys(keys)
+
+
+def _from_file(path: str | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise SettingsError(f"API key file {path}: {reason}") from None
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise SettingsError(f"API key file {path}: holds no key; write one a line")
+    return keys
+
+
+def _from_environment() -> list[str]:
+    key = os.environ.get(ENVIRONMENT, "").strip()
+    return [key] if key else []
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+class Hosts:
+    """Names that the Host header may carry: on loopback, no page of another name (DNS rebinding)."""
+
+    def __init__(self, settings: Settings) -> None:
+        extra = {name.lower() for name in settings.server.allowed_hosts}
+        own = {settings.server.host.lower()} | LOOPBACK_HOSTS
+        self._allowed = own | extra if settings.is_loopback or extra else None
+
+    def check(self, header: str | None) -> None:
+        """Raise HostNotAllowed for a name that is not ours; the port does not matter."""
+        if self._allowed is None:
+            return
+        host = (header or "").strip().lower()
+        name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+        if name not in self._allowed:
+            raise HostNotAllowed(header or "")

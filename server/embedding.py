@@ -1,0 +1,103 @@
+"""Embedders in a thread of their own, behind a bounded queue: the event loop never waits for a matrix.
+
+Loads each on first use. Batches of one job take turns with those of others.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from server.errors import BadRequest, EmbedderBusy
+
+T = TypeVar("T")
+
+#: Texts of one turn of the thread.
+BATCH = 32
+
+
+class Embedder(Protocol):
+    """What the server asks of an embedder (rag.embed.Embedder is one)."""
+
+    fingerprint: str
+    name: str
+
+    @property
+    def dimension(self) -> int: ...
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    def documents(self, texts: Sequence[str]) -> np.ndarray: ...
+
+    def queries(self, texts: Sequence[str]) -> np.ndarray: ...
+
+    def count_tokens(self, text: str) -> int: ...
+
+
+class TooLong(BadRequest):
+    def __init__(self, place: str, n_tokens: int, limit: int) -> None:
+        super().__init__(
+            f"{place} has {n_tokens} tokens and the embedder reads {limit}: split the text",
+            param=place,
+            code="context_length_exceeded",
+        )
+
+
+class EmbedderThread:
+    """The one thread that embeds; `load` turns a name into an embedder and runs there too."""
+
+    def __init__(self, load: Callable[[str], Embedder], *, max_queue: int) -> None:
+        self._load = load
+        self._max_queue = max_queue
+        self._waiting = 0
+        self._embedders: dict[str, Embedder] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedder")
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that run or wait."""
+        return self._waiting
+
+    async def use(self, name: str, work: Callable[[Embedder], T]) -> T:
+        """The result of `work` with the named embedder, run in the thread; EmbedderBusy past the queue."""
+        if self._waiting >= self._max_queue:
+            raise EmbedderBusy(self._waiting)
+        self._waiting += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._thread, lambda: work(self._get(name)))
+        finally:
+            self._waiting -= 1
+
+    async def embed(self, name: str, texts: Sequence[str], *, as_queries: bool) -> tuple[np.ndarray, int]:
+        """(vectors (n, dimension) float32 of length 1, tokens read); texts that would be cut are refused."""
+        n_tokens = 0
+        rows = []
+        for first in range(0, len(texts), BATCH):
+            batch = texts[first : first + BATCH]
+
+            def work(embedder: Embedder, batch=batch, first=first) -> tuple[np.ndarray, int]:
+                counts = [embedder.count_tokens(text) for text in batch]
+                for offset, count in enumerate(counts):
+                    if count > embedder.max_tokens:
+                        place = f"input[{first + offset}]" if len(texts) > 1 else "input"
+                        raise TooLong(place, count, embedder.max_tokens)
+                embed = embedder.queries if as_queries else embedder.documents
+                return embed(batch), sum(counts)
+
+            vectors, count = await self.use(name, work)
+            rows.append(vectors)
+            n_tokens += count
+        return np.concatenate(rows), n_tokens
+
+    async def close(self) -> None:
+        """Let the running batch end and drop the rest."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _get(self, name: str) -> Embedder:
+        if name not in self._embedders:
+            self._embedders[name] = self._load(name)
+        return self._embedders[name]

@@ -1,0 +1,186 @@
+"""Every failure of a request in one table: exception -> status, OpenAI type and code, headers.
+
+Light: knows the exceptions of the floors below and nothing of Litestar.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from engine.request import (
+    ContextOverflow,
+    EngineError,
+    EngineRestarted,
+    EngineUnavailable,
+    InvalidRequest,
+    QueueFull,
+)
+from models.errors import ModelsError
+from prompts.errors import PromptError
+from rag.collection import UnknownCollection
+from rag.errors import RagError
+
+#: Seconds after which a client may come back when the engine is being started again.
+RESTART_RETRY_S = 2
+#: Status that proxies log for a client that went away; nobody reads the response.
+CLIENT_CLOSED = 499
+
+
+class ServerError(Exception):
+    """Base of what the server reports on purpose, before or while it serves."""
+
+
+class BadRequest(ServerError):
+    """A field that cannot be served as asked."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class BadJSON(ServerError):
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the request body is not valid JSON: {reason}")
+
+
+class NotJSON(ServerError):
+    def __init__(self, content_type: str) -> None:
+        got = repr(content_type[:80]) if content_type else "none"
+        super().__init__(f"send the header `Content-Type: application/json` (got {got})")
+
+
+class BodyTooLarge(ServerError):
+    def __init__(self, limit_bytes: int) -> None:
+        megabytes = limit_bytes / 2**20
+        super().__init__(
+            f"the request body is larger than the {megabytes:g} MiB that this server reads: "
+            f"send less, or raise `max_body_mb` under [server] in lq.toml"
+        )
+
+
+class UnknownModel(ServerError):
+    def __init__(self, name: str, known: str) -> None:
+        super().__init__(f"the model {name[:200]!r} does not exist here; {known}")
+
+
+class Unauthorized(ServerError):
+    def __init__(self, *, given: bool) -> None:
+        problem = "the API key is wrong" if given else "no API key was given"
+        super().__init__(f"{problem}: send the header `Authorization: Bearer KEY`")
+
+
+class HostNotAllowed(ServerError):
+    def __init__(self, host: str) -> None:
+        super().__init__(
+            f"the Host header {host[:200]!r} is not a name of this server: "
+            f"use 127.0.0.1 or localhost, or list it in `allowed_hosts` under [server] in lq.toml"
+        )
+
+
+class EmbedderBusy(ServerError):
+    def __init__(self, waiting: int) -> None:
+        super().__init__(f"{waiting} embedding jobs are waiting already: try again in a second")
+
+
+class ClientGone(ServerError):
+    """The client closed the connection; its work was cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__("the client closed the connection")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What the client is told."""
+
+    status: int
+    type: str
+    code: str
+    message: str
+    param: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    retry_after_s: float | None = None
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error | dict(self.extra)}
+
+    def headers(self) -> dict[str, str]:
+        """`x-should-retry` is OpenAI's way to tell its clients; `retry-after` is in whole seconds."""
+        headers = {"x-should-retry": "false" if self.retry_after_s is None else "true"}
+        if self.retry_after_s is not None:
+            headers["retry-after"] = str(max(1, round(self.retry_after_s)))
+        return headers
+
+
+#: Names that the engine gives to fields, where the API has another.
+ENGINE_FIELDS = {"grammar": "response_format", "top_logprobs": "logprobs"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """How one exception and those derived from it are told."""
+
+    status: int
+    code: str
+    param: str | None = None
+    retry_after_s: float | None = None
+
+
+TABLE: dict[type[BaseException], Row] = {
+    ContextOverflow: Row(400, "context_length_exceeded", "messages"),
+    InvalidRequest: Row(400, "invalid_value"),
+    BadRequest: Row(400, "invalid_value"),
+    PromptError: Row(400, "invalid_prompt", "prompt"),
+    BadJSON: Row(400, "invalid_json"),
+    Unauthorized: Row(401, "invalid_api_key"),
+    HostNotAllowed: Row(403, "host_not_allowed"),
+    UnknownModel: Row(404, "model_not_found", "model"),
+    UnknownCollection: Row(404, "collection_not_found", "collection"),
+    BodyTooLarge: Row(413, "request_too_large"),
+    NotJSON: Row(415, "unsupported_media_type"),
+    QueueFull: Row(429, "queue_full", retry_after_s=1),
+    EmbedderBusy: Row(429, "queue_full", retry_after_s=1),
+    ClientGone: Row(CLIENT_CLOSED, "client_closed_request"),
+    EngineRestarted: Row(503, "engine_restarted", retry_after_s=RESTART_RETRY_S),
+    EngineUnavailable: Row(503, "engine_unavailable"),
+    EngineError: Row(500, "server_error"),
+    ModelsError: Row(500, "server_error"),
+    RagError: Row(500, "server_error"),
+    ServerError: Row(500, "server_error"),
+}
+UNFORESEEN = "an error inside the server; its log has the place under this request's x-request-id"
+
+
+def describe(error: BaseException) -> Failure:
+    """The failure of any exception; what is not foreseen is a 500 that tells nothing of the inside."""
+    row = next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), None)
+    if row is None:
+        return Failure(500, "server_error", "internal_error", UNFORESEEN)
+    code, param, retry_after_s = row.code, row.param, row.retry_after_s
+    extra: dict[str, Any] = {}
+    if isinstance(error, ContextOverflow):
+        extra = {"n_prompt_tokens": error.n_prompt_tokens, "n_ctx": error.n_ctx}
+    elif isinstance(error, InvalidRequest):
+        param = ENGINE_FIELDS.get(error.field, error.field)
+    elif isinstance(error, BadRequest):
+        code, param = error.code, error.param
+    elif isinstance(error, QueueFull):
+        retry_after_s = error.retry_after_s
+    return Failure(row.status, _type(row.status), code, str(error), param, extra, retry_after_s)
+
+
+def of_status(status: int, detail: str) -> Failure:
+    """The failure of a plain HTTP status, such as a route that does not exist."""
+    names = {404: "route_not_found", 405: "method_not_allowed"}
+    code = names.get(status) or HTTPStatus(status).phrase.lower().replace(" ", "_")
+    return Failure(status, _type(status), code, detail)
+
+
+def _type(status: int) -> str:
+    if status == 429:
+        return "rate_limit_error"
+    return "server_error" if status >= 500 else "invalid_request_error"

@@ -1,0 +1,107 @@
+"""Passages of a collection -> numbered sources that fit the context; the question is never dropped.
+
+Knows the search and the prompt, nothing of HTTP.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from prompts.message import Source as PromptSource
+from rag.collection import Collection, Passage
+from rag.collection import names as collection_names
+from server.embedding import EmbedderThread
+from server.errors import BadRequest
+from server.schema.usage import Source
+from server.settings import NAME
+
+DEFAULT_PASSAGES = 5
+#: Room that passages leave for the answer when the request does not say how long it may be.
+ANSWER_TOKENS = 512
+
+Count = Callable[[Sequence[Passage]], Awaitable[int]]
+
+
+class Retriever:
+    """Searches collections by name; opens each once."""
+
+    def __init__(self, root: Path, thread: EmbedderThread) -> None:
+        self._root = root
+        self._thread = thread
+        self._open: dict[str, Collection] = {}
+
+    def names(self) -> list[str]:
+        return collection_names(self._root)
+
+    def check(self, name: str) -> None:
+        """Raise UnknownCollection unless the collection exists."""
+        self._collection(name)
+
+    async def search(self, name: str, question: str, *, k: int) -> list[Passage]:
+        """The best passages, best first, found with the embedder that the collection was built with."""
+        if not question.strip():
+            raise BadRequest(
+                "the last user message is empty: there is nothing to search for", param="messages"
+            )
+        collection = self._collection(name)
+        embedder_name = collection.info().embedder
+
+        return await self._thread.use(
+            embedder_name, lambda embedder: collection.search(question, k=k, embedder=embedder)
+        )
+
+    def close(self) -> None:
+        for collection in self._open.values():
+            collection.close()
+
+    def _collection(self, name: str) -> Collection:
+        if not NAME.match(name):
+            raise BadRequest(f"{name[:100]!r} is no name of a collection", param="collection")
+        if name not in self._open:
+            self._open[name] = Collection.open(self._root / name)
+        return self._open[name]
+
+
+async def fitting(passages: Sequence[Passage], count: Count, *, budget: int) -> list[Passage]:
+    """The most of the best passages whose whole prompt has at most `budget` tokens; `count` renders it."""
+    low, high = 0, len(passages)
+    if high and await count(passages) <= budget:
+        return list(passages)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if await count(passages[:middle]) <= budget:
+            low = middle
+        else:
+            high = middle
+    return list(passages[:low])
+
+
+def budget(n_ctx: int, max_tokens: int | None) -> int:
+    """Tokens that the prompt may have, so that an answer fits behind it."""
+    reserve = ANSWER_TOKENS if max_tokens is None else max_tokens
+    return n_ctx - min(reserve, n_ctx // 2)
+
+
+def for_prompt(passages: Sequence[Passage]) -> list[PromptSource]:
+    """Passages numbered from 1, as a prompt file sees them."""
+    return [
+        PromptSource(number, passage.title, passage.file, passage.page, passage.heading or None, passage.text)
+        for number, passage in enumerate(passages, start=1)
+    ]
+
+
+def for_answer(passages: Sequence[Passage]) -> list[Source]:
+    """The same passages as the client gets them."""
+    return [
+        Source(
+            index=number,
+            file=passage.file,
+            title=passage.title,
+            page=passage.page,
+            heading=passage.heading or None,
+            start=passage.start,
+            end=passage.end,
+            quote=passage.text,
+            score=passage.score,
+        )
+        for number, passage in enumerate(passages, start=1)
+    ]

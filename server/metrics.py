@@ -1,0 +1,74 @@
+"""Prometheus figures of the server; each application has a registry of its own."""
+
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from engine.request import Done, EngineStats
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """Counts requests and tokens; the engines' own figures are read when somebody asks."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "lq_http_requests", "Requests answered.", ["method", "route", "status"], registry=registry
+        )
+        self.tokens = Counter(
+            "lq_tokens", "Tokens by kind: prompt, cached (of prompt), completion.", ["model", "kind"],
+            registry=registry,
+        )  # fmt: skip
+        self.first_token = Histogram(
+            "lq_time_to_first_token_seconds", "From the request to its first token.", ["model"],
+            buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+        self.duration = Histogram(
+            "lq_request_duration_seconds", "From the request to the last byte.", ["route"],
+            buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+        self.open_requests = Gauge("lq_http_requests_open", "Requests being answered.", registry=registry)
+        self.embedding_jobs = Gauge(
+            "lq_embedding_jobs", "Embedding jobs, waiting ones too.", registry=registry
+        )
+        self._engine = {
+            name: Gauge(f"lq_engine_{name}", text, ["model"], registry=registry)
+            for name, text in ENGINE_FIGURES.items()
+        }
+
+    def count(self, model: str, done: Done) -> None:
+        """Add one finished sequence."""
+        self.tokens.labels(model, "prompt").inc(done.n_prompt_tokens)
+        self.tokens.labels(model, "cached").inc(done.n_cached_tokens)
+        self.tokens.labels(model, "completion").inc(done.n_completion_tokens)
+
+    def text(self, engines: Mapping[str, EngineStats | None]) -> bytes:
+        """The exposition format; an engine that does not answer counts as not up."""
+        for model, stats in engines.items():
+            for name, gauge in self._engine.items():
+                value = float(stats is not None) if name == "up" else getattr(stats, name, None)
+                if value is not None:
+                    gauge.labels(model).set(value)
+        return generate_latest(self.registry)
+
+
+ENGINE_FIGURES = {
+    "up": "1 when the engine's process answers.",
+    "running": "Sequences being decoded.",
+    "waiting": "Requests in the queue.",
+    "n_slots": "Sequences that can be decoded together.",
+    "kv_cells_total": "Cells of the KV cache.",
+    "kv_cells_used": "Cells held by running sequences.",
+    "kv_cells_cached": "Cells held for their prefix.",
+    "requests_total": "Requests taken.",
+    "cancelled_total": "Requests cancelled, by a client that left above all.",
+    "failed_total": "Requests failed.",
+    "prompt_tokens_total": "Prompt tokens.",
+    "cached_tokens_total": "Prompt tokens that were in the cache.",
+    "completion_tokens_total": "Tokens written.",
+    "decode_steps_total": "Calls of llama_decode.",
+    "busy_s": "Seconds spent in steps.",
+    "restarts_total": "Times that the process was started again.",
+}

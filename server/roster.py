@@ -1,0 +1,128 @@
+"""The names that a client may ask for, and what stands behind each."""
+
+import difflib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.request import EngineConfig
+from prompts import template
+from prompts.message import Message
+from prompts.template import Prompt
+from server import chat_prompt
+from server.engines import Engine, Plan
+from server.errors import UnknownModel
+from server.grounding import Retriever
+from server.schema.model import Model
+from server.settings import Assistant, Settings, SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A model, or an assistant on top of one."""
+
+    name: str
+    engine: Engine
+    plan: Plan
+    assistant: Assistant | None = None
+    prompt: Prompt | None = None
+
+    @property
+    def max_tokens(self) -> int | None:
+        return self.assistant.max_tokens if self.assistant else None
+
+    async def tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The chat prompt of the messages as token ids."""
+        return await chat_prompt.tokens(self.engine, messages, model=self.name, control=self.plan.control)
+
+
+class Roster:
+    """Models and assistants by name, the embedder's name, prompts and collections."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        plans: Mapping[str, Plan],
+        engines: Mapping[EngineConfig, Engine],
+        retriever: Retriever,
+    ) -> None:
+        self.settings = settings
+        self.retriever = retriever
+        self.engines = {plan.name: engines[plan.config] for plan in plans.values()}
+        self._started = int(time.time())
+        folder = settings.server.prompts
+        self._prompt_folder = Path(folder) if folder else None
+        self._targets = {name: self._target(name, plan, engines[plan.config]) for name, plan in plans.items()}
+
+    def get(self, name: str) -> Target:
+        """The model or assistant; UnknownModel lists what there is."""
+        if name in self._targets:
+            return self._targets[name]
+        if name == self.settings.embedder.model:
+            raise UnknownModel(name, "it embeds texts: use it with /v1/embeddings")
+        close = difflib.get_close_matches(name, self._targets, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(self._targets)}"
+        raise UnknownModel(name, hint)
+
+    def embedder(self, name: str) -> str:
+        """The embedder's name, checked."""
+        known = self.settings.embedder.model
+        if name not in (known, Path(known).name):
+            raise UnknownModel(name, f"the embedding model here is {Path(known).name!r}")
+        return known
+
+    def prompt(self, name: str) -> Prompt:
+        return template.load(name, folder=self._prompt_folder)
+
+    def prompt_names(self) -> list[str]:
+        return template.names(folder=self._prompt_folder)
+
+    def models(self) -> list[Model]:
+        """Everything that has a name, the embedder last."""
+        embedder = Path(self.settings.embedder.model).name
+        found = [self._describe(target) for target in self._targets.values()]
+        return [*found, Model(id=embedder, created=self._started, kind="embedding")]
+
+    def _target(self, name: str, plan: Plan, engine: Engine) -> Target:
+        assistant = self.settings.assistants.get(name)
+        if assistant is None:
+            return Target(name, engine, plan)
+        if assistant.collection is not None:
+            self.retriever.check(assistant.collection)
+        wanted = assistant.prompt or ("grounded" if assistant.collection else None)
+        prompt = self.prompt(wanted) if wanted else None
+        if prompt and prompt.uses_sources != bool(assistant.collection):
+            need = (
+                "needs a `collection`" if prompt.uses_sources else "has no place for a collection's sources"
+            )
+            raise SettingsError(f"assistants.{name}: the prompt {prompt.name!r} {need}")
+        if assistant.prompt_variables and not prompt:
+            raise SettingsError(f"assistants.{name}: `prompt_variables` needs a `prompt`")
+        if prompt:
+            prompt.render(question="?", variables=assistant.prompt_variables)
+        return Target(name, engine, plan, assistant, prompt)
+
+    def _describe(self, target: Target) -> Model:
+        info = target.engine.info
+        model = Model(
+            id=target.name,
+            created=self._started,
+            kind="chat",
+            n_ctx=info.n_ctx,
+            max_model_len=info.n_ctx,
+            n_ctx_train=info.n_ctx_train,
+            n_params=info.n_params,
+            size_bytes=info.size_bytes,
+            architecture=info.architecture,
+            description=info.description,
+        )
+        if target.assistant is not None:
+            model.kind = "assistant"
+            model.base = target.assistant.model
+            if target.prompt:
+                model.prompt = target.prompt.name
+            if target.assistant.collection:
+                model.collection = target.assistant.collection
+        return model

@@ -1,0 +1,74 @@
+"""What both kinds of completion do: read, prepare, run, and answer whole or as a stream."""
+
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeVar, cast
+
+import msgspec
+from litestar import Request
+from litestar.response.base import ASGIResponse
+
+from server import answer, stream
+from server.answer import Collected, Envelope
+from server.body import read, unless_gone
+from server.roster import Roster
+from server.schema.sampling import GenerationFields
+from server.service import Service, fingerprint
+from server.work import Work
+
+Body = TypeVar("Body", bound=GenerationFields)
+
+
+async def complete(
+    request: Request,
+    wire_type: type[Body],
+    prepare: Callable[[Roster, Body], Awaitable[Work]],
+    *,
+    prefix: str,
+    frames: Callable[..., stream.ChatFrames | stream.TextFrames],
+    whole: Callable[..., Any],
+) -> ASGIResponse:
+    """The response; a client that leaves cancels its sequences at once, whatever they were at."""
+    started = time.perf_counter()
+    service: Service = request.app.state.service
+    body = await read(request, wire_type, limit_bytes=service.limit_bytes)
+    envelope = Envelope.new(prefix, body.model, fingerprint())
+    if not body.stream:
+        collected = await unless_gone(request, _collect(service, body, prepare, started))
+        work, choices = collected
+        done = [choice.done for choice in choices if choice.done]
+        usage = answer.usage(done, n_choices=body.n or 1)
+        return json_response(whole(envelope, work, choices, usage))
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    work, events, first = await unless_gone(request, _begin(service, body, prepare, started))
+    shaped = frames(envelope, work, include_usage=include_usage)
+    return stream.EventStream(stream.body(first, events, shaped, n_choices=body.n or 1), events)
+
+
+async def _collect(service: Service, body: Any, prepare: Any, started: float) -> tuple[Work, list[Collected]]:
+    work = await prepare(service.roster, body)
+    choices = [Collected() for _ in work.requests]
+    async with aclosing(_events(service, work, started)) as events:
+        async for index, event in events:
+            choices[index].add(event)
+    return work, choices
+
+
+async def _begin(service: Service, body: Any, prepare: Any, started: float):
+    """Up to the first event, so that errors of the request still have their own status."""
+    work = await prepare(service.roster, body)
+    events = _events(service, work, started)
+    try:
+        return work, events, await anext(events)
+    except BaseException:
+        await events.aclose()
+        raise
+
+
+def _events(service: Service, work: Work, started: float) -> AsyncGenerator[tuple[int, Any], None]:
+    return cast(AsyncGenerator[tuple[int, Any], None], service.run(work, started))
+
+
+def json_response(value: Any, *, status: int = 200) -> ASGIResponse:
+    return ASGIResponse(body=msgspec.json.encode(value), status_code=status, media_type="application/json")

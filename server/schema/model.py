@@ -1,0 +1,31 @@
+"""GET /v1/models: what can be asked, by name."""
+
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+
+class Model(msgspec.Struct, kw_only=True):
+    """OpenAI's model object; the rest says what the model is and how much it reads."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["lq"] = "lq"
+    kind: Literal["chat", "assistant", "embedding"]
+    n_ctx: int | UnsetType = UNSET  # tokens of one request, answer included
+    max_model_len: int | UnsetType = UNSET  # the same, as vLLM calls it
+    n_ctx_train: int | UnsetType = UNSET
+    n_params: int | UnsetType = UNSET
+    size_bytes: int | UnsetType = UNSET
+    architecture: str | UnsetType = UNSET
+    description: str | UnsetType = UNSET
+    base: str | UnsetType = UNSET  # of an assistant: the model behind it
+    prompt: str | UnsetType = UNSET
+    collection: str | UnsetType = UNSET
+
+
+class ModelList(msgspec.Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[Model]

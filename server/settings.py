@@ -1,0 +1,208 @@
+"""What to serve and how: `lq.toml`, checked strictly, and the changes that the command line makes to it.
+
+Names and numbers only: nothing is opened or resolved here.
+"""
+
+import difflib
+import ipaddress
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+import msgspec
+from msgspec import Meta, Struct
+
+from server.errors import ServerError
+from server.schema.sampling import Count, Positive, SamplingFields
+
+T = TypeVar("T")
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_EMBEDDER = "all-minilm-l6-v2"
+NAME = re.compile(r"^[\w][\w.:-]{0,99}$")
+
+ContextTokens = Annotated[int, Meta(ge=16, le=2**24)]
+
+
+class SettingsError(ServerError):
+    """`lq.toml` or the command line asks for something impossible."""
+
+
+class HTTP(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[server]"""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000  # 0: any free one
+    api_key_file: str | None = None
+    max_body_mb: Annotated[float, Meta(gt=0, le=1024)] = 10.0  # MiB
+    cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    prompts: str | None = None  # folder of prompt files, found before the shipped ones
+    drain_s: Annotated[float, Meta(ge=0, le=600)] = 5.0  # seconds that running requests get at the end
+
+
+class Adapter(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A LoRA adapter and how strongly it counts."""
+
+    path: str
+    scale: Annotated[float, Meta(ge=-100, le=100)] = 1.0
+
+
+class Model(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[models.NAME]"""
+
+    model: str | None = None  # store name or path of a GGUF; None: NAME is a store name
+    n_ctx: ContextTokens = 4096  # tokens of one request, answer included
+    n_parallel: Annotated[int, Meta(ge=1, le=256)] = 4  # requests decoded together
+    threads: Annotated[int, Meta(ge=1, le=512)] | None = None  # None: physical cores
+    gpu_layers: Count | None = None  # None: all, if there is a GPU
+    max_queue: Annotated[int, Meta(ge=0, le=2**20)] = 256  # requests that may wait
+    lora: tuple[str | Adapter, ...] = ()
+
+
+class Assistant(SamplingFields, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[assistants.NAME]: a model with adapters, a prompt, a collection and sampling defaults."""
+
+    model: str
+    lora: tuple[str | Adapter, ...] = ()
+    prompt: str | None = None
+    prompt_variables: dict[str, str] = msgspec.field(default_factory=dict)
+    collection: str | None = None
+    passages: Annotated[int, Meta(ge=1, le=50)] | None = None
+    max_tokens: Positive | None = None
+
+
+class Embedder(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[embedder]: what /v1/embeddings answers with; a collection brings its own."""
+
+    model: str = DEFAULT_EMBEDDER  # store name or folder
+    max_queue: Annotated[int, Meta(ge=1, le=10_000)] = 64  # jobs that may wait
+
+
+class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The whole of lq.toml."""
+
+    server: HTTP = HTTP()
+    models: dict[str, Model] = msgspec.field(default_factory=dict)
+    assistants: dict[str, Assistant] = msgspec.field(default_factory=dict)
+    embedder: Embedder = Embedder()
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        try:
+            return ipaddress.ip_address(self.server.host).is_loopback
+        except ValueError:
+            return self.server.host == "localhost"
+
+
+def load(path: Path) -> Settings:
+    """Settings from a file; relative paths in it are relative to its folder."""
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: no such configuration file") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path}: is not TOML: {error}") from None
+    _refuse_unknown(values, Settings, "", path)
+    for section, kind in (("models", Model), ("assistants", Assistant)):
+        entries = values.get(section)
+        for name, entry in entries.items() if isinstance(entries, dict) else ():
+            _convert(entry, kind, f"{section}.{name}", path)
+    settings = _convert(values, Settings, "", path)
+    return _anchored(complete(settings, str(path)), path.parent)
+
+
+def complete(settings: Settings, where: str) -> Settings:
+    """Check names, and add the models that assistants take straight from the store."""
+    models = dict(settings.models)
+    for name, assistant in settings.assistants.items():
+        if name in models:
+            raise SettingsError(f"{where}: {name!r} is a model and an assistant; rename one")
+        models.setdefault(assistant.model, Model())
+    for name in [*models, *settings.assistants]:
+        if not NAME.match(name):
+            raise SettingsError(f"{where}: {name!r} is no name: use letters, digits, `-`, `_`, `.`, `:`")
+    return msgspec.structs.replace(settings, models=models)
+
+
+def with_models(settings: Settings, models: dict[str, Model], **http: Any) -> Settings:
+    """The settings with models added and fields of [server] replaced (None keeps what is there)."""
+    given = {key: value for key, value in http.items() if value is not None}
+    server = msgspec.structs.replace(settings.server, **given)
+    merged = settings.models | models
+    if not merged:
+        merged = {DEFAULT_MODEL: Model()}
+    return complete(msgspec.structs.replace(settings, server=server, models=merged), "command line")
+
+
+def _convert(values: Any, kind: type[T], place: str, path: Path) -> T:
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        problem, _, inner = str(error).partition(" - at `$")
+        where = f"{place}{inner.rstrip('`')}".lstrip(".") or "file"
+        raise SettingsError(f"{path}: `{where}`: {problem[:1].lower()}{problem[1:]}") from None
+
+
+def _refuse_unknown(values: Any, kind: type, place: str, path: Path) -> None:
+    """Name the first unknown key with its nearest known one, descending into known sections."""
+    if not isinstance(values, dict):
+        return
+    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    for key, value in values.items():
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(fields)}"
+            raise SettingsError(f"{path}: unknown key `{place}{key}`: {hint}")
+        inner = [part for part in (fields[key], *get_args(fields[key])) if _is_struct(part)]
+        if inner and isinstance(value, dict):
+            nested = value.items() if not _is_struct(fields[key]) else [("", value)]
+            for name, entry in nested:
+                _refuse_unknown(entry, inner[0], f"{place}{key}.{name}".rstrip(".") + ".", path)
+
+
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Struct)
+
+
+def _anchored(settings: Settings, folder: Path) -> Settings:
+    server = msgspec.structs.replace(
+        settings.server,
+        api_key_file=_anchor(settings.server.api_key_file, folder, always=True),
+        prompts=_anchor(settings.server.prompts, folder, always=True),
+    )
+    models = {
+        name: msgspec.structs.replace(
+            model, model=_anchor(model.model, folder), lora=_anchor_adapters(model.lora, folder)
+        )
+        for name, model in settings.models.items()
+    }
+    assistants = {
+        name: msgspec.structs.replace(
+            assistant,
+            prompt=_anchor(assistant.prompt, folder),
+            lora=_anchor_adapters(assistant.lora, folder),
+        )
+        for name, assistant in settings.assistants.items()
+    }
+    embedder = msgspec.structs.replace(settings.embedder, model=_anchor(settings.embedder.model, folder))
+    return msgspec.structs.replace(
+        settings, server=server, models=models, assistants=assistants, embedder=embedder
+    )
+
+
+def _anchor(text: str | None, folder: Path, *, always: bool = False) -> str | None:
+    """A path made relative to the file's folder; a store name (no slash, no such file) stays as it is."""
+    if text is None:
+        return None
+    path = folder / Path(text).expanduser()
+    return str(path) if always or "/" in text or path.exists() else text
+
+
+def _anchor_adapters(adapters: tuple[str | Adapter, ...], folder: Path) -> tuple[Adapter, ...]:
+    entries = [Adapter(path=entry) if isinstance(entry, str) else entry for entry in adapters]
+    return tuple(Adapter(path=_anchor(entry.path, folder) or "", scale=entry.scale) for entry in entries)

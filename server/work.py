@@ -1,0 +1,54 @@
+"""A request made ready for the engine, and the fields that both kinds of completion turn into sampling."""
+
+from dataclasses import dataclass, fields, replace
+
+from engine.request import GenerationRequest, Sampling
+from server.errors import BadRequest
+from server.roster import Target
+from server.schema.sampling import GenerationFields
+from server.schema.usage import Source
+
+SAMPLING_NAMES = tuple(item.name for item in fields(Sampling))
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Everything that is known before the first token: one engine request a choice."""
+
+    target: Target
+    requests: tuple[GenerationRequest, ...]
+    prefixes: tuple[str, ...] = ()  # text before each choice (echo)
+    sources: list[Source] | None = None  # None: not grounded
+
+
+def sampling(target: Target, body: GenerationFields, *, grammar: str | None) -> Sampling:
+    """The request's own fields over the assistant's defaults over the engine's."""
+    values = {}
+    for name in SAMPLING_NAMES:
+        for origin in (body, target.assistant):
+            if (value := getattr(origin, name, None)) is not None:
+                values[name] = value
+                break
+    biases = body.logit_bias or {}
+    for token in biases:
+        if not 0 <= token < target.engine.info.n_vocab:
+            problem = (
+                f"logit_bias: {token} is not a token of the model, which has {target.engine.info.n_vocab}"
+            )
+            raise BadRequest(problem, param="logit_bias")
+    values |= {"logit_bias": tuple(biases.items()), "grammar": grammar}
+    return Sampling(**values)
+
+
+def choices(request: GenerationRequest, n: int) -> tuple[GenerationRequest, ...]:
+    """The same request n times; a given seed counts up, so that the choices differ and stay repeatable."""
+    seed = request.sampling.seed
+    if seed is None or n == 1:
+        return (request,) * n
+    seeds = [(seed + number) % 2**63 for number in range(n)]
+    return tuple(replace(request, sampling=replace(request.sampling, seed=one)) for one in seeds)
+
+
+def stop_strings(body: GenerationFields) -> tuple[str, ...]:
+    """`stop` as a tuple."""
+    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())

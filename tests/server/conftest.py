@@ -1,0 +1,170 @@
+"""A server around a fake engine: one that says what it is told to, fails when told to, and remembers."""
+
+import asyncio
+import re
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from engine.request import ContextOverflow, Delta, Done, EngineConfig, EngineInfo, EngineStats, TokenLogprob
+from server.app import create_app
+from server.auth import Hosts, Keys
+from server.embedding import EmbedderThread
+from server.engines import Plan
+from server.grounding import Retriever
+from server.in_process import BASE_URL, InProcess
+from server.roster import Roster
+from server.service import Service
+from server.settings import Model, Settings, complete
+
+CONTROL = re.compile(r"<\|im_(?:start|end)\|>")
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = {"<|im_start|>": 256, "<|im_end|>": 257}
+
+
+class FakeEngine:
+    """Tokens are UTF-8 bytes; the answer is `says`, one delta a piece."""
+
+    def __init__(self) -> None:
+        self.says = ["Hel", "lo", "!"]
+        self.fails: Exception | None = None  # before the first event
+        self.breaks: Exception | None = None  # after the first event
+        self.pause: asyncio.Event | None = None  # waited for after the first event
+        self.requests = []
+        self.cancelled = 0
+        self.alive = True
+        self.pid = 1
+        self.info = EngineInfo(
+            n_ctx=2000, n_parallel=4, n_ctx_train=2000, n_vocab=258, n_embd=8, n_params=10, size_bytes=10,
+            architecture="fake", description="fake 10", chat_template=TEMPLATE, bos_token="", eos_token="",
+            bos_id=None, eos_id=None, eot_id=None, add_bos=False, gpu=None, n_threads=1,
+        )  # fmt: skip
+
+    async def tokenize(self, text, *, add_special=True, parse_special=False):
+        pieces = CONTROL.split(text) if parse_special else [text]
+        marks = CONTROL.findall(text) if parse_special else []
+        tokens = list(pieces[0].encode())
+        for mark, piece in zip(marks, pieces[1:], strict=True):
+            tokens += [SPECIAL[mark], *piece.encode()]
+        return tokens
+
+    async def detokenize(self, tokens):
+        return bytes(tokens).decode()
+
+    async def submit(self, request):
+        request.validate()
+        self.requests.append(request)
+        n_prompt = len(request.prompt)
+        if n_prompt >= self.info.n_ctx:
+            raise ContextOverflow(n_prompt, self.info.n_ctx)
+        if self.fails:
+            raise self.fails
+        ended = False
+        try:
+            for number, text in enumerate(self.says):
+                yield Delta(text, (1,), self._logprobs(request, text))
+                if number == 0 and self.breaks:
+                    raise self.breaks
+                if number == 0 and self.pause:
+                    await self.pause.wait()
+            ended = True
+            yield Done("stop", n_prompt, len(self.says), n_cached_tokens=3, prefill_s=0.5, decode_s=0.25)
+        finally:
+            self.cancelled += not ended
+
+    def _logprobs(self, request, text):
+        if request.logprobs is None:
+            return ()
+        top = tuple((n, b"x", -2.0) for n in range(request.logprobs))
+        return (TokenLogprob(1, text.encode(), -0.5, top),)
+
+    async def stats(self):
+        return EngineStats(1, 2, 4, 100, 50, 10, requests_total=len(self.requests))
+
+    async def close(self):
+        self.alive = False
+
+
+class FakeEmbedder:
+    """Counts letters; reads at most 20 tokens (words)."""
+
+    name, fingerprint, dimension, max_tokens = "fake", "f", 3, 20
+
+    def documents(self, texts):
+        rows = np.array([[len(text), text.count("a"), 1] for text in texts], np.float32)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    def queries(self, texts):
+        return -self.documents(texts)
+
+    def count_tokens(self, text):
+        return len(text.split())
+
+
+class House:
+    """The application and a synchronous way to call it."""
+
+    def __init__(
+        self, settings: Settings, engine: FakeEngine, retriever: Retriever | None, keys: Keys
+    ) -> None:
+        self.engine = engine
+        self.embedders = EmbedderThread(lambda name: FakeEmbedder(), max_queue=settings.embedder.max_queue)
+        plan = Plan("fake", EngineConfig(Path("fake.gguf")), CONTROL)
+        plans = dict.fromkeys([*settings.models, *settings.assistants], plan)
+        retriever = retriever or Retriever(Path("/nonexistent"), self.embedders)
+        roster = Roster(settings, plans=plans, engines={plan.config: engine}, retriever=retriever)
+        self.service = Service(settings, roster, self.embedders, keys, Hosts(settings))
+        self.app = create_app(self.service)
+
+    def client(self, **options) -> httpx.AsyncClient:
+        return httpx.AsyncClient(transport=InProcess(self.app), base_url=BASE_URL, **options)
+
+    def call(self, method: str, path: str, **options) -> httpx.Response:
+        async def once() -> httpx.Response:
+            async with self.client() as client:
+                return await client.request(method, path, **options)
+
+        return asyncio.run(once())
+
+    def chat(self, text="Hi", **fields) -> httpx.Response:
+        body = {"model": "fake", "messages": [{"role": "user", "content": text}]} | fields
+        return self.call("POST", "/v1/chat/completions", json=body)
+
+    def prompt(self) -> str:
+        """The last prompt, its control tokens as ⟦ and ⟧."""
+        marks = {256: "⟦", 257: "⟧"}
+        tokens = self.engine.requests[-1].prompt
+        text, plain = "", bytearray()
+        for token in tokens:
+            if token in marks:
+                text += plain.decode() + marks[token]
+                plain.clear()
+            else:
+                plain.append(token)
+        return text + plain.decode()
+
+
+@pytest.fixture
+def build():
+    """A function that builds a House from settings."""
+    houses = []
+
+    def make(*, keys=(), retriever=None, **fields) -> House:
+        settings = complete(Settings(**({"models": {"fake": Model()}} | fields)), "test")
+        houses.append(House(settings, FakeEngine(), retriever, Keys(tuple(keys))))
+        return houses[-1]
+
+    yield make
+    for house in houses:
+        asyncio.run(house.embedders.close())
+
+
+@pytest.fixture
+def house(build) -> House:
+    """A server with one model, `fake`, and no key."""
+    return build()
