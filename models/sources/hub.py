@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from models.kinds import NotAModel, is_inside, refuse_pickles, wanted
 from models.reference import HubReference
@@ -187,6 +187,8 @@ def _explained(reference: HubReference, call: Callable[[], _T]) -> _T:
     """Run a call of huggingface-hub; its failures become FetchFailed with a remedy."""
     from huggingface_hub import errors
 
+    # The base of every failure of huggingface-hub's HTTP client, which was httpx and is its successor now.
+    transport = cast("type[Exception]", errors.HfHubHTTPError.__bases__[0])
     where = f"hf:{reference.repo}"
     try:
         return call()
@@ -210,6 +212,11 @@ def _explained(reference: HubReference, call: Callable[[], _T]) -> _T:
         raise FetchFailed(f"{where} is not a repository's name: {_first_line(error)}") from None
     except errors.HfHubHTTPError as error:
         raise FetchFailed(f"{where}: the hub answered {_first_line(error)}; try again later") from None
+    except transport as error:
+        raise FetchFailed(
+            f"{where} cannot be fetched: no connection to the hub ({_first_line(error)}); run it again, or "
+            "without a network use a pypi: or file: reference"
+        ) from None
     except OSError as error:
         if error.errno is not None:
             raise
