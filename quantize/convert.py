@@ -1,20 +1,25 @@
-"""Turn a Hugging Face checkpoint into a GGUF, tensor by tensor.
+"""Turn a Hugging Face checkpoint into a GGUF, tensor by tensor, an adapter merged on the way.
 
-Owns the order of the work and the file at the destination; families know names and shapes,
-`checkpoint` knows safetensors, `vocabulary` knows tokenizers. Never imports torch or transformers.
+Owns the order of the work; families know names and shapes, `checkpoint` knows safetensors, `vocabulary`
+knows tokenizers, `gguf_file` the destination. Never imports torch or transformers.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:
-    from models.gguf import Header
-    from models.lora import Adapter
+import gguf
 
-#: (what, bytes done, bytes in all)
-Progress = Callable[[str, int, int | None], None]
-Dtype = Literal["F32", "F16", "BF16"]
+from models.gguf import Header, read_header
+from models.lora import Adapter
+from quantize import gguf_file
+from quantize.checkpoint import Checkpoint
+from quantize.families.supported import recognise
+from quantize.floats import Dtype
+from quantize.general import write_general
+from quantize.gguf_file import Progress
+from quantize.plan import match, outputs
+from quantize.vocabulary import read_vocabulary
+
+__all__ = ["Dtype", "Progress", "convert"]
 
 
 def convert(
@@ -22,9 +27,32 @@ def convert(
     out: Path,
     *,
     dtype: Dtype | None = None,
-    adapter: "Adapter | None" = None,
+    adapter: Adapter | None = None,
     pre: str | None = None,
     progress: Progress | None = None,
-) -> "Header":
-    """Write `out` from a checkpoint folder; `dtype` None keeps the checkpoint's own."""
-    raise NotImplementedError
+) -> Header:
+    """Write the GGUF `out` from a checkpoint folder and return its header.
+
+    `dtype` is that of the matrices, None for the checkpoint's own; norms and biases are float32 always.
+    `pre` names the splitting rule of a byte-level tokenizer that is not recognised. Peak memory is about one
+    tensor and the vocabulary. Raises QuantizeError or ModelsError; then nothing is at `out` that was not.
+    """
+    opened = Checkpoint.open(checkpoint)
+    family, config = recognise(opened.config)
+    matches = match(opened, family, config)
+    kept = dtype or opened.dtype
+    made = outputs(matches, family.generated(config), dtype=kept, adapter=adapter)
+    vocabulary = read_vocabulary(
+        checkpoint,
+        n_vocab=config.integer("vocab_size"),
+        config=config.values,
+        pre=pre,
+        foreign=family.foreign_tokens,
+    )
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[family.architecture])
+    gguf_file.announce(writer, made)
+    write_general(writer, checkpoint, dtype=kept, vocabulary=vocabulary)
+    family.hyperparameters(config, writer)
+    vocabulary.write(writer)
+    gguf_file.write(out, writer, made, progress=progress)
+    return read_header(out)

@@ -1,0 +1,1 @@
+"""One file a model family: its names, shapes and hyperparameters on both sides."""
