@@ -44,7 +44,7 @@ def byte_level(spec: Mapping[str, Any]) -> dict[int, Piece]:
 
 
 def scored(spec: Mapping[str, Any]) -> dict[int, Piece]:
-    """Pieces of a tokenizer.json whose merges were made from SentencePiece scores: the earlier, the higher."""
+    """Pieces of a tokenizer.json whose merges were made from scores: the earlier merged, the higher."""
     order: dict[str, int] = {}
     for merge in spec["model"].get("merges") or []:
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
