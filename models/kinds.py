@@ -82,9 +82,11 @@ def detect(folder: Path) -> Kind:
     return "embedder" if "modules.json" in paths else "checkpoint"
 
 
-def detect_file(path: Path) -> Kind:
-    """The kind of a single file, which must be a GGUF."""
-    return _detect_gguf([path])
+def detect_path(path: Path) -> Kind:
+    """The kind of a folder, or of a single file, which must be a GGUF."""
+    if not path.exists():
+        raise NotAModel(path, "no such file or folder; check the path")
+    return detect(path) if path.is_dir() else _detect_gguf([path])
 
 
 def licence(folder: Path) -> str | None:

@@ -4,7 +4,6 @@ models/NAME/ holds an entry and its manifest.json; tmp/NAME what an interrupted 
 name. Fetching is the sources' business, recognising formats models/kinds.py's.
 """
 
-import difflib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,56 +15,15 @@ import platformdirs
 
 from models import kinds, manifest
 from models.catalog import CatalogEntry, catalog
-from models.errors import ModelsError
+from models.fetch import fetch, parsed, source_of
 from models.gguf import read_header
 from models.manifest import BrokenManifest, FileRecord, Kind, Manifest
-from models.reference import (
-    HubReference,
-    InvalidReference,
-    LocalReference,
-    PackageReference,
-    Reference,
-    check_name,
-    parse,
-)
+from models.missing import NameTaken, UnknownModel, WrongKind
+from models.reference import LocalReference, check_name
 from models.source import Fetched, Progress, disk_errors, sha256_of, silent
 from models.staging import Stage, locked
 
 __all__ = ["Entry", "Manifest", "NameTaken", "Progress", "Store", "UnknownModel", "WrongKind"]
-
-
-class UnknownModel(ModelsError):
-    """A name that neither the store nor the file system knows."""
-
-    def __init__(self, name: str, known: list[str]) -> None:
-        here = difflib.get_close_matches(name, known, n=2)
-        offers = difflib.get_close_matches(name, list(catalog()), n=1)
-        if name in catalog():
-            remedy = f"`lq pull {name}` fetches it"
-        elif here:
-            remedy = f"did you mean {' or '.join(here)}? `lq list` shows what is here"
-        elif offers:
-            remedy = f"`lq pull {offers[0]}` would fetch the closest of the catalogue"
-        else:
-            remedy = "`lq list` shows what is here, `lq list --catalog` what can be pulled"
-        super().__init__(f"no model named {name!r} in the store; {remedy}")
-
-
-class NameTaken(ModelsError):
-    """The name holds something else already."""
-
-    def __init__(self, name: str, source: str) -> None:
-        super().__init__(
-            f"the store already holds {name!r}, from {source}; give another name with --name, "
-            f"or remove it first with `lq rm {name}`"
-        )
-
-
-class WrongKind(ModelsError):
-    """An entry or path of another kind than asked for."""
-
-    def __init__(self, what: str, found: str, wanted: str, remedy: str) -> None:
-        super().__init__(f"{what} is of kind {found}, a {wanted} is needed; {remedy}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +87,12 @@ class Store:
     def pull(self, reference: str, *, name: str | None = None, progress: Progress | None = None) -> Entry:
         """Fetch a reference into the store; what is there already is not fetched again."""
         listed = catalog().get(reference)
-        target = listed.reference if listed else _parsed(reference)
+        target = parsed(reference)
         name = check_name(name or (listed.name if listed else target.default_name))
         return self._put(
             name,
-            _source_of(target),
-            lambda stage, report: _fetch(target, stage, report),
+            source_of(target),
+            lambda stage, report: fetch(target, stage, report),
             listed=listed,
             progress=progress or silent,
         )
@@ -152,14 +110,14 @@ class Store:
     ) -> Entry:
         """Copy a file or folder of this machine into the store, noting where it came from."""
         local = LocalReference(str(path), Path(path).expanduser().absolute())
-        source = source or _source_of(local)
+        source = source or source_of(local)
 
-        def fetch(stage: Stage, report: Progress) -> Fetched:
-            _fetch(local, stage, report)
+        def copy(stage: Stage, report: Progress) -> Fetched:
+            fetch(local, stage, report)
             return Fetched(source, revision, licence)
 
         target = check_name(name or local.default_name)
-        return self._put(target, source, fetch, kind=kind, progress=progress or silent)
+        return self._put(target, source, copy, kind=kind, progress=progress or silent)
 
     def remove(self, name: str) -> None:
         """Delete an entry, or what an interrupted pull of that name left."""
@@ -181,49 +139,45 @@ class Store:
 
     def resolve_model(self, text: str) -> Path:
         """The GGUF that a store name or path means, its header checked."""
-        path = self._resolve(text, "gguf", "quantize a checkpoint first: `lq quantize NAME`")
+        path = self._path_of(text, "gguf", "quantize a checkpoint first: `lq quantize NAME`")
         file = path if path.is_file() else kinds.first_gguf(path)
         read_header(file).require("model")
         return file
 
     def resolve_checkpoint(self, text: str) -> Path:
         """The folder of a full-precision checkpoint."""
-        return self._resolve(text, "checkpoint", "give config.json with .safetensors files")
+        return self._path_of(text, "checkpoint", "give config.json with .safetensors files")
 
     def resolve_embedder(self, text: str) -> Path:
         """The folder of an embedder."""
-        return self._resolve(text, "embedder", "`lq pull all-minilm-l6-v2` fetches one")
+        return self._path_of(text, "embedder", "`lq pull all-minilm-l6-v2` fetches one")
 
     def resolve_adapter(self, text: str) -> Path:
         """The folder of a PEFT adapter, or the file of a GGUF adapter."""
-        path = self._resolve(text, "adapter", "give a PEFT adapter's folder or a GGUF adapter")
+        path = self._path_of(text, "adapter", "give a PEFT adapter's folder or a GGUF adapter")
         if path.is_file() or (path / "adapter_config.json").exists():
             return path
         return kinds.first_gguf(path)
 
-    def _resolve(self, text: str, wanted: Kind, remedy: str) -> Path:
+    def _path_of(self, text: str, wanted: Kind, remedy: str) -> Path:
         """A store name first, then a path; of the wanted kind either way."""
-        looks_like_path = "/" in text or "\\" in text or text.endswith(".gguf") or text in (".", "..")
-        if not looks_like_path and (self.models / text).is_dir():
-            entry = self.get(text)
-            if entry.kind != wanted:
-                raise WrongKind(f"{text!r} in the store", entry.kind, wanted, remedy)
-            return entry.path
-        path = Path(text).expanduser().absolute()
-        if not path.exists():
-            if looks_like_path:
-                raise kinds.NotAModel(path, "no such file or folder; check the path")
-            raise UnknownModel(text, [entry.name for entry in self.entries()])
-        found = kinds.detect_file(path) if path.is_file() else kinds.detect(path)
+        is_path = "/" in text or "\\" in text or text.endswith(".gguf") or text in (".", "..")
+        if not is_path and (self.models / text).is_dir():
+            path, found = self.models / text, self.get(text).kind
+        else:
+            path = Path(text).expanduser().absolute()
+            if not path.exists() and not is_path:
+                raise UnknownModel(text, [entry.name for entry in self.entries()])
+            found = kinds.detect_path(path)
         if found != wanted:
-            raise WrongKind(str(path), found, wanted, remedy)
+            raise WrongKind(text, found, wanted, remedy)
         return path
 
     def _put(
         self,
         name: str,
         source: str,
-        fetch: Callable[[Stage, Progress], Fetched],
+        bring: Callable[[Stage, Progress], Fetched],
         *,
         kind: Kind | None = None,
         listed: CatalogEntry | None = None,
@@ -235,7 +189,7 @@ class Store:
             if target.exists():
                 return self._existing(name, source)
             stage.prepare(source)
-            fetched = fetch(stage, progress)
+            fetched = bring(stage, progress)
             found = kind or kinds.detect(stage.content)
             licence = listed.licence if listed else fetched.licence or kinds.licence(stage.content)
             record = Manifest(
@@ -269,33 +223,6 @@ class Store:
 
     def _lock(self, name: str) -> Path:
         return self.root / "locks" / f"{name}.lock"
-
-
-def _parsed(text: str) -> Reference:
-    reference = parse(text)
-    if reference is None:
-        close = difflib.get_close_matches(text, list(catalog()), n=1, cutoff=0.5)
-        raise InvalidReference(
-            text, f"not in the catalogue{f', did you mean {close[0]}?' if close else ''} and no such path"
-        )
-    return reference
-
-
-def _source_of(reference: Reference) -> str:
-    """How a manifest spells where an entry came from."""
-    return f"file:{reference.path}" if isinstance(reference, LocalReference) else reference.text
-
-
-def _fetch(reference: Reference, stage: Stage, progress: Progress) -> Fetched:
-    from models.sources import hub, local, pypi
-
-    match reference:
-        case HubReference():
-            return hub.fetch(reference, stage, progress)
-        case PackageReference():
-            return pypi.fetch(reference, stage, progress)
-        case LocalReference():
-            return local.fetch(reference, stage, progress)
 
 
 def _records(folder: Path, progress: Progress) -> Iterator[FileRecord]:

@@ -149,7 +149,7 @@ def remove(
     from models.store import Store
 
     store = Store.default()
-    if not yes and sys.stdin.isatty() and sys.stderr.isatty():
+    if not yes and on_terminal():
         typer.confirm(f"remove {name} from {store.root}?", abort=True, err=True)
     store.remove(name)
     if as_json:
@@ -180,6 +180,11 @@ def transfer_progress() -> Iterator[Progress]:
             bars.update(task, completed=done_bytes, total=total_bytes)
 
         yield report
+
+
+def on_terminal() -> bool:
+    """Whether somebody is there to answer a question."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def megabytes(size_bytes: int) -> str:

