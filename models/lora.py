@@ -158,14 +158,16 @@ class Adapter:
         rows = weight.T if flipped else weight
         if rows.shape != expected:
             raise self._mismatch(name, weight.shape, expected[::-1] if flipped else expected)
-        rows = rows + np.float32(factors.scale) * (factors.b @ factors.a)
+        merged = factors.b @ factors.a
+        merged *= np.float32(factors.scale)
+        merged += rows
         if factors.magnitude is not None:
-            norm = np.linalg.norm(rows, axis=1)
+            norm = np.linalg.norm(merged, axis=1)
             if factors.magnitude.shape != norm.shape:
                 raise self._mismatch(f"the magnitude of {name}", norm.shape, factors.magnitude.shape)
             with np.errstate(divide="ignore", invalid="ignore"):
-                rows = (factors.magnitude / norm)[:, None] * rows
-        return np.ascontiguousarray(rows.T if flipped else rows)
+                merged *= (factors.magnitude / norm)[:, None]
+        return np.ascontiguousarray(merged.T if flipped else merged)
 
     def _replacement(self, name: str, key: str, weight: np.ndarray) -> np.ndarray:
         return self._same_shape(name, weight, self.file.read(self.replacements[key]))

@@ -4,6 +4,7 @@ Scales, rsLoRA's and patterns' included, are folded so that llama.cpp's alpha / 
 own. What llama.cpp's adapters cannot express (DoRA, whole tensors) is refused; `lq quantize` merges it.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def convert_adapter(adapter_path: Path, base: Header, out: Path) -> Path:
     _refuse(adapter, base)
     factors = {name: adapter.factors(module) for name, module in _targets(adapter, base).items()}
     alpha = _alpha(factors)
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     writer = gguf.GGUFWriter(partial, str(base.architecture))
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

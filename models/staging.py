@@ -1,6 +1,6 @@
 """Bring an entry into the store so that it is either all there or not there at all.
 
-A pull works in LQ_HOME/tmp/NAME under a lock of that name; what it fetched stays for a rerun; the last
+A pull works in LQ_HOME/tmp/pulls/NAME under a lock of that name; what it fetched stays for a rerun; the last
 act is one rename. Knows no source and no format.
 """
 

@@ -1,7 +1,7 @@
 """The store under LQ_HOME: names to files, additions that are all there or not at all.
 
-models/NAME/ holds an entry and its manifest.json; tmp/NAME what an interrupted pull left; locks/ one lock a
-name. Fetching is the sources' business, recognising formats models/kinds.py's.
+models/NAME/ holds an entry and its manifest.json; tmp/pulls/NAME what an interrupted pull left; locks/ one
+lock a name. Fetching is the sources' business, recognising formats models/kinds.py's.
 """
 
 import os
@@ -63,6 +63,11 @@ class Store:
     def models(self) -> Path:
         return self.root / "models"
 
+    @property
+    def pulls(self) -> Path:
+        """Working folders of pulls, one a name; on the same file system as the entries."""
+        return self.root / "tmp" / "pulls"
+
     def entries(self) -> list[Entry]:
         """Every readable entry, by name."""
         return [entry for entry, problem in self._scan() if entry and not problem]
@@ -73,7 +78,7 @@ class Store:
 
     def partial(self) -> list[tuple[str, int]]:
         """Interrupted pulls: (name, bytes kept for a rerun)."""
-        folder = self.root / "tmp"
+        folder = self.pulls
         stages = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
         return [(stage.name, _bytes_below(stage)) for stage in stages]
 
@@ -121,13 +126,13 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Delete an entry, or what an interrupted pull of that name left."""
-        folder, stage = self.models / check_name(name), Stage(self.root / "tmp" / name)
+        folder, stage = self.models / check_name(name), Stage(self.pulls / name)
         if not folder.is_dir() and not stage.folder.is_dir():
             raise UnknownModel(name, [entry.name for entry in self.entries()])
         with locked(self._lock(name), what=name, progress=silent):
             if folder.is_dir():
                 stage.discard()
-                stage.folder.parent.mkdir(exist_ok=True)
+                stage.folder.parent.mkdir(parents=True, exist_ok=True)
                 folder.rename(stage.folder)
             shutil.rmtree(stage.folder)
 
@@ -184,7 +189,7 @@ class Store:
         progress: Progress,
     ) -> Entry:
         """Fetch into a stage and publish it, once, whoever else tries at the same time."""
-        stage, target = Stage(self.root / "tmp" / name), self.models / name
+        stage, target = Stage(self.pulls / name), self.models / name
         with disk_errors(self.root), locked(self._lock(name), what=name, progress=progress):
             if target.exists():
                 return self._existing(name, source)

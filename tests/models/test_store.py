@@ -174,7 +174,7 @@ def test_an_interrupted_addition_leaves_nothing_visible_and_can_be_repeated(stor
 
 
 def test_what_another_source_left_behind_is_not_mixed_in(store, tmp_path):
-    stage = staging.Stage(store.root / "tmp" / "m")
+    stage = staging.Stage(store.pulls / "m")
     stage.prepare("hf:someone/else")
     (stage.content / "tokenizer.json").write_text("{}")
     entry = store.pull(str(write_checkpoint(tmp_path / "m")))
@@ -182,7 +182,7 @@ def test_what_another_source_left_behind_is_not_mixed_in(store, tmp_path):
 
 
 def test_an_interrupted_pull_can_be_removed(store):
-    staging.Stage(store.root / "tmp" / "m").prepare("hf:someone/else")
+    staging.Stage(store.pulls / "m").prepare("hf:someone/else")
     store.remove("m")
     assert store.partial() == []
 

@@ -111,8 +111,8 @@ def test_an_embedder_and_an_adapter_are_described(home, minilm_dir, tmp_path):
 
 
 def test_interrupted_and_broken_entries_are_reported(home):
-    (home / "tmp" / "half").mkdir(parents=True)
-    (home / "tmp" / "half" / "part").write_bytes(b"x" * 1_000_000)
+    (home / "tmp" / "pulls" / "half").mkdir(parents=True)
+    (home / "tmp" / "pulls" / "half" / "part").write_bytes(b"x" * 1_000_000)
     (home / "models" / "bad").mkdir(parents=True)
     listed = run("list")
     assert "interrupted: half, 1.0 MB kept" in listed
