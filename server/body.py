@@ -39,7 +39,8 @@ async def _read_bytes(request: Request, limit_bytes: int) -> bytes:
         body += message.get("body", b"")
         if len(body) > limit_bytes:
             body.clear()
-            await _drain(request)
+            if message.get("more_body"):
+                await _drain(request)
             raise BodyTooLarge(limit_bytes)
         if not message.get("more_body"):
             return bytes(body)

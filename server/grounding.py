@@ -3,6 +3,8 @@
 Knows the search and the prompt, nothing of HTTP.
 """
 
+import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -28,6 +30,7 @@ class Retriever:
         self._root = root
         self._thread = thread
         self._open: dict[str, Collection] = {}
+        self._lock = threading.Lock()
 
     def names(self) -> list[str]:
         return collection_names(self._root)
@@ -42,12 +45,14 @@ class Retriever:
             raise BadRequest(
                 "the last user message is empty: there is nothing to search for", param="messages"
             )
-        collection = self._collection(name)
-        embedder_name = collection.info().embedder
-
+        collection, embedder_name = await asyncio.to_thread(self._open_with_embedder, name)
         return await self._thread.use(
             embedder_name, lambda embedder: collection.search(question, k=k, embedder=embedder)
         )
+
+    def _open_with_embedder(self, name: str) -> tuple[Collection, str]:
+        collection = self._collection(name)
+        return collection, collection.info().embedder
 
     def close(self) -> None:
         for collection in self._open.values():
@@ -56,9 +61,10 @@ class Retriever:
     def _collection(self, name: str) -> Collection:
         if not NAME.match(name):
             raise BadRequest(f"{name[:100]!r} is no name of a collection", param="collection")
-        if name not in self._open:
-            self._open[name] = Collection.open(self._root / name)
-        return self._open[name]
+        with self._lock:
+            if name not in self._open:
+                self._open[name] = Collection.open(self._root / name)
+            return self._open[name]
 
 
 async def fitting(passages: Sequence[Passage], count: Count, *, budget: int) -> list[Passage]:

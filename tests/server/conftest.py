@@ -45,7 +45,7 @@ class FakeEngine:
             bos_id=None, eos_id=None, eot_id=None, add_bos=False, gpu=None, n_threads=1,
         )  # fmt: skip
 
-    async def tokenize(self, text, *, add_special=True, parse_special=False):
+    async def tokenize(self, text, *, add_special=True, parse_special=False):  # noqa: ARG002
         pieces = CONTROL.split(text) if parse_special else [text]
         marks = CONTROL.findall(text) if parse_special else []
         tokens = list(pieces[0].encode())
@@ -113,7 +113,7 @@ class House:
         self, settings: Settings, engine: FakeEngine, retriever: Retriever | None, keys: Keys
     ) -> None:
         self.engine = engine
-        self.embedders = EmbedderThread(lambda name: FakeEmbedder(), max_queue=settings.embedder.max_queue)
+        self.embedders = EmbedderThread(lambda _: FakeEmbedder(), max_queue=settings.embedder.max_queue)
         plan = Plan("fake", EngineConfig(Path("fake.gguf")), CONTROL)
         plans = dict.fromkeys([*settings.models, *settings.assistants], plan)
         retriever = retriever or Retriever(Path("/nonexistent"), self.embedders)

@@ -1,0 +1,149 @@
+"""Serve until told to stop: the port first, then the engines, then HTTP, and everything down again in order.
+
+The only file that knows uvicorn, sockets and signals.
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from models.store import Store
+from server.app import create_app
+from server.auth import read_keys
+from server.service import Service, opened
+from server.settings import Settings, SettingsError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+Ready = Callable[[str, Service], None]
+
+
+class PortTaken(SettingsError):
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__(f"port {port} of {host} is in use: stop what uses it, or choose another with --port")
+
+
+def serve(settings: Settings, *, store: Store | None = None, ready: Ready | None = None) -> None:
+    """Serve until SIGINT (raises KeyboardInterrupt once everything is down) or SIGTERM (returns).
+
+    `ready` is called once with the URL and the service, when requests are answered.
+    """
+    read_keys(settings)  # before anything is loaded
+    _log_to_stderr()
+    with contextlib.closing(_listen(settings.server.host, settings.server.port)) as listener:
+        received = asyncio.run(_serve(settings, listener, store, ready or announce))
+    if signal.SIGINT in received:
+        raise KeyboardInterrupt
+
+
+def announce(url: str, service: Service) -> None:
+    """The line that tells where to ask and how to stop."""
+    names = ", ".join(model.id for model in service.roster.models())
+    key = ", API key required" if service.keys.required else ""
+    print(f"lq serves {names} at {url}/v1 (API: {url}/docs{key}); Ctrl-C stops", flush=True)
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to `_serve`, and says when it answers."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+
+async def _serve(
+    settings: Settings, listener: socket.socket, store: Store | None, ready: Ready
+) -> list[signal.Signals]:
+    """The signals that ended it."""
+    received: list[signal.Signals] = []
+    running = asyncio.current_task()
+    server: _Server | None = None
+
+    def stop(number: signal.Signals) -> None:
+        received.append(number)
+        if server is None:
+            assert running is not None  # this is a coroutine
+            running.cancel()  # engines are still being loaded
+        elif server.should_exit:
+            server.force_exit = True
+        else:
+            server.should_exit = True
+
+    _on_signals(stop)
+    try:
+        async with opened(settings, store=store) as service:
+            config = uvicorn.Config(
+                create_app(service),
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=int(settings.server.drain_s),
+            )
+            server = _Server(config, lambda: ready(_url(listener), service))
+            await server.serve(sockets=[listener])
+    except asyncio.CancelledError:
+        if not received:
+            raise
+    return received
+
+
+def _on_signals(stop: Callable[[signal.Signals], None]) -> None:
+    if threading.current_thread() is threading.main_thread():
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, stop, number)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket; taken before the models are loaded, so that a taken port is said at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise SettingsError(f"host {host!r} is no address of this machine: {error.strerror}") from None
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortTaken(host, port) from None
+        raise SettingsError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}"
+
+
+def _log_to_stderr() -> None:
+    """One line a request: id, method, route, status, seconds. Never what was asked."""
+    logger = logging.getLogger("lq")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,193 @@
+"""JSON schemas become grammars that allow nothing the schema forbids; here a tiny GBNF matcher proves it."""
+
+import json
+import re
+
+import pytest
+
+from server.errors import BadRequest
+from server.grammar import JSON_OBJECT
+from server.json_schema import to_grammar
+
+
+class Matcher:
+    """Backtracking matcher for the GBNF that we write: literals, classes, groups, `|`, `* ? {m,n}`, names."""
+
+    TOKEN = re.compile(r'\s*("(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|\{\d*,?\d*\}|[()|*?+]|[A-Za-z][\w-]*)')
+
+    def __init__(self, grammar: str) -> None:
+        self.rules = {}
+        for line in filter(None, grammar.splitlines()):
+            name, body = line.split(" ::= ", 1)
+            self.rules[name] = self._alternatives(self.TOKEN.findall(body))
+
+    def matches(self, text: str) -> bool:
+        return any(end == len(text) for end in self._ends(("rule", "root"), text, 0))
+
+    def _alternatives(self, tokens):
+        options = [[]]
+        while tokens and tokens[0] != ")":
+            token = tokens.pop(0)
+            if token == "|":
+                options.append([])
+                continue
+            if token == "(":
+                node = ("any", self._alternatives(tokens))
+                tokens.pop(0)
+            elif token[0] == '"':
+                node = (
+                    "text",
+                    re.sub(r"\\(.)", lambda m: {"n": "\n", "r": "\r"}.get(m[1], m[1]), token[1:-1]),
+                )
+            elif token[0] == "[":
+                node = ("class", re.compile(token))
+            else:
+                node = ("rule", token)
+            while tokens and (tokens[0] in "*?+" or tokens[0][0] == "{"):
+                mark = tokens.pop(0)
+                low, high = {"*": (0, None), "?": (0, 1), "+": (1, None)}.get(mark) or self._counts(mark)
+                node = ("repeat", node, low, high)
+            options[-1].append(node)
+        return options
+
+    def _counts(self, mark):
+        low, _, high = mark[1:-1].partition(",")
+        return int(low or 0), int(high) if high else None
+
+    def _ends(self, node, text, at):
+        kind = node[0]
+        if kind == "text":
+            return {at + len(node[1])} if text.startswith(node[1], at) else set()
+        if kind == "class":
+            return {at + 1} if at < len(text) and node[1].match(text[at]) else set()
+        if kind == "repeat":
+            return self._repeated(node, text, at)
+        options = self.rules[node[1]] if kind == "rule" else node[1]
+        return set().union(*(self._sequence(option, text, at) for option in options))
+
+    def _sequence(self, nodes, text, at):
+        places = {at}
+        for node in nodes:
+            places = set().union(*(self._ends(node, text, place) for place in places)) if places else set()
+        return places
+
+    def _repeated(self, node, text, at):
+        _, inner, low, high = node
+        places, found, count = {at}, {at} if low == 0 else set(), 0
+        while places and (high is None or count < high):
+            places = set().union(*(self._ends(inner, text, place) for place in places)) - found
+            count += 1
+            found |= places if count >= low else set()
+        return found
+
+
+def grammar(schema) -> Matcher:
+    return Matcher(to_grammar(schema, place="schema"))
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 5},
+        "age": {"type": ["integer", "null"]},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 1, "maxItems": 2},
+        "boss": {"$ref": "#"},
+    },
+    "required": ["name", "tags"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "integer"}, [0, -12, 99], [1.5, "1", None]),
+        ({"type": "number"}, [0, -1.5, 1e3], ["1", True]),
+        ({"enum": ["x", 1, None]}, ["x", 1, None], ["y", 2]),
+        ({"const": {"a": 'quote " and \\ slash'}}, [], [{"a": 1}]),
+        ({"anyOf": [{"type": "null"}, {"type": "boolean"}]}, [None, True], ["null", 0]),
+        ({"type": "array", "items": {"type": "integer"}}, [[], [1], [1, 2, 3]], [["a"], {}, [1, None]]),
+        ({"type": "array", "maxItems": 0}, [[]], [[1]]),
+        (
+            {"type": "object", "additionalProperties": {"type": "integer"}},
+            [{}, {"a": 1, "b": 2}],
+            [{"a": "b"}],
+        ),
+        ({"type": "object", "additionalProperties": False}, [{}], [{"a": 1}]),
+        ({}, [{"a": [1, {"b": None}]}, "x", 3], []),
+        (
+            PERSON,
+            [
+                {"name": "Ann", "tags": ["a"]},
+                {"name": "한글", "age": None, "tags": ["b", "a"]},
+                {"name": "Ann", "age": 3, "tags": ["a"], "boss": {"name": "Bo", "tags": ["b"]}},
+            ],
+            [
+                {"name": "Ann"},
+                {"name": "", "tags": ["a"]},
+                {"name": "Annabel", "tags": ["a"]},
+                {"name": "Ann", "tags": []},
+                {"name": "Ann", "tags": ["a", "a", "a"]},
+                {"name": "Ann", "tags": ["c"]},
+                {"name": "Ann", "tags": ["a"], "extra": 1},
+                {"name": "Ann", "tags": ["a"], "boss": {}},
+            ],
+        ),
+        (
+            {"type": "object", "properties": {"a": {"type": "null"}, "b": {"type": "null"}}},
+            [{}, {"a": None}, {"b": None}, {"a": None, "b": None}],
+            [{"c": None}, {"a": 1}],
+        ),
+    ],
+)
+def test_the_grammar_takes_what_the_schema_takes_and_nothing_else(schema, good, bad):
+    matcher = grammar(schema)
+    for value in good:
+        for text in (json.dumps(value, ensure_ascii=False), json.dumps(value, separators=(",", ":"))):
+            assert matcher.matches(text), text
+    for value in bad:
+        assert not matcher.matches(json.dumps(value, ensure_ascii=False)), value
+
+
+def test_a_constant_is_matched_exactly():
+    value = {"a": 'quote " and \\ slash'}
+    assert grammar({"const": value}).matches(json.dumps(value))
+
+
+def test_any_object_is_an_object():
+    assert Matcher(JSON_OBJECT).matches('{"a": [1, "\\u00e9", {"b": null}]}')
+    assert not Matcher(JSON_OBJECT).matches("[1]")
+    assert not Matcher(JSON_OBJECT).matches('{"a": 1,}')
+
+
+@pytest.mark.parametrize(
+    ("schema", "param"),
+    [
+        ({"type": "string", "pattern": "a"}, "schema.pattern"),
+        ({"type": "integer", "minimum": 3}, "schema.minimum"),
+        ({"allOf": [{}]}, "schema.allOf"),
+        ({"type": "strng"}, "schema.type"),
+        ({"type": "object", "properties": {"a": {"format": "date"}}}, "schema.properties.a.format"),
+        ({"type": "object", "properties": {"a": {}}, "required": ["b"]}, "schema.required"),
+        ({"type": "array", "minItems": 3, "maxItems": 2}, "schema.minItems"),
+        ({"type": "string", "maxLength": 10**9}, "schema.maxLength"),
+        ({"$ref": "#/$defs/none"}, "schema.$ref"),
+        ({"$ref": "http://x/y"}, "schema.$ref"),
+        ({"$ref": "#"}, "schema.$ref"),
+        ({"enum": []}, "schema.enum"),
+        ({"anyOf": {}}, "schema.anyOf"),
+        ({"items": 3, "type": "array"}, "schema.items"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_with_its_path(schema, param):
+    with pytest.raises(BadRequest) as error:
+        to_grammar(schema, place="schema")
+    assert error.value.param == param
+
+
+def test_depth_is_bounded():
+    schema: dict = {"type": "null"}
+    for _ in range(40):
+        schema = {"type": "array", "items": schema}
+    with pytest.raises(BadRequest, match="deeper than 32"):
+        to_grammar(schema, place="schema")

@@ -1,0 +1,136 @@
+"""lq.toml, keys and hosts: what is read, what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from server.auth import Hosts, Keys, read_keys
+from server.errors import HostNotAllowed, Unauthorized
+from server.settings import DEFAULT_MODEL, HTTP, Adapter, Model, Settings, SettingsError, load, with_models
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "lq.toml"
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A function that writes lq.toml and returns its path."""
+
+    def write(text: str) -> Path:
+        (tmp_path / "lq.toml").write_text(text)
+        return tmp_path / "lq.toml"
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch):
+    monkeypatch.delenv("LQ_API_KEY", raising=False)
+
+
+def test_the_example_loads_and_shows_the_defaults():
+    settings = load(EXAMPLE)
+    assert settings.server == HTTP()
+    assert settings.models["smollm2-135m-instruct"] == Model(model="smollm2-135m-instruct")
+    assert settings.assistants["terse"].temperature == 0.0
+
+
+def test_paths_are_relative_to_the_file_and_store_names_stay(written, tmp_path):
+    (tmp_path / "keys").write_text("k")
+    text = (
+        '[server]\napi_key_file = "keys"\n[models.a]\nmodel = "./m.gguf"\n'
+        'lora = ["stored", {path="x/y", scale=0.5}]'
+        '\n[models.b]\nmodel = "stored"\n[assistants.c]\nmodel = "a"\nprompt = "p/q.prompt"\n'
+    )
+    settings = load(written(text))
+    assert settings.server.api_key_file == str(tmp_path / "keys")
+    assert settings.models["a"].model == str(tmp_path / "m.gguf")
+    assert settings.models["a"].lora == (
+        Adapter(path="stored"),
+        Adapter(path=str(tmp_path / "x/y"), scale=0.5),
+    )
+    assert settings.models["b"].model == "stored"
+    assert settings.assistants["c"].prompt == str(tmp_path / "p/q.prompt")
+
+
+def test_an_assistant_may_name_a_model_of_the_store(written):
+    assert load(written('[assistants.a]\nmodel = "stored"')).models == {"stored": Model()}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[servr]", ["`servr`", "`server`"]),
+        ("[server]\nhots = 1", ["`server.hots`", "`host`"]),
+        ("[server]\nport = 70000", ["`server.port`", "65535"]),
+        ("[models.a]\nn_ctc = 1", ["`models.a.n_ctc`", "`n_ctx`"]),
+        ('[models.a]\nn_ctx = "x"', ["`models.a.n_ctx`", "int", "str"]),
+        ('[models.a]\nlora = [{pth = "x"}]', ["models.a.lora[0]", "pth"]),
+        ('[assistants.a]\nmodel = "m"\ntemprature = 1.0', ["`assistants.a.temprature`", "`temperature`"]),
+        ('[assistants.a]\nmodel = "m"\ntemperature = 3.0', ["`assistants.a.temperature`", "2.0"]),
+        ('[assistants.a]\nprompt = "p"', ["assistants.a", "`model`"]),
+        ('[models.a]\n[assistants.a]\nmodel = "a"', ["'a' is a model and an assistant"]),
+        ('[models."a/b"]', ["'a/b' is no name"]),
+        ("models = 3", ["models"]),
+        ("[server", ["not TOML"]),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(written, text, words):
+    with pytest.raises(SettingsError) as error:
+        load(written(text))
+    for word in ["lq.toml", *words]:
+        assert word in str(error.value)
+
+
+def test_a_missing_file_is_said_to_be_missing(tmp_path):
+    with pytest.raises(SettingsError, match="no such configuration file"):
+        load(tmp_path / "nope.toml")
+
+
+def test_the_command_line_adds_models_and_replaces_what_it_gives():
+    settings = with_models(Settings(), {}, host=None, port=9)
+    assert settings.models == {DEFAULT_MODEL: Model()}
+    assert (settings.server.host, settings.server.port) == ("127.0.0.1", 9)
+    assert list(with_models(Settings(), {"m": Model(model="x")}).models) == ["m"]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_an_address_that_others_reach_needs_a_key(host, monkeypatch):
+    settings = Settings(server=HTTP(host=host))
+    with pytest.raises(SettingsError, match="LQ_API_KEY"):
+        read_keys(settings)
+    monkeypatch.setenv("LQ_API_KEY", "long enough")
+    assert read_keys(settings).required
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_loopback_needs_none(host):
+    assert not read_keys(Settings(server=HTTP(host=host))).required
+
+
+def test_key_files_hold_one_key_a_line(tmp_path):
+    path = tmp_path / "keys"
+    settings = Settings(server=HTTP(api_key_file=str(path)))
+    with pytest.raises(SettingsError, match="No such file"):
+        read_keys(settings)
+    path.write_text("# nothing\n\n")
+    with pytest.raises(SettingsError, match="holds no key"):
+        read_keys(settings)
+    path.write_text("short\n")
+    with pytest.raises(SettingsError, match="8 or more"):
+        read_keys(settings)
+    path.write_text("# mine\nfirst-key-1\n second-key-2 \n")
+    keys = read_keys(settings)
+    keys.check("Bearer first-key-1")
+    keys.check("bearer second-key-2")
+    with pytest.raises(Unauthorized):
+        keys.check("Bearer first-key-")
+    Keys(()).check(None)
+
+
+def test_hosts_are_open_where_a_key_guards_and_closed_on_loopback():
+    Hosts(Settings(server=HTTP(host="0.0.0.0"))).check("anything.example")
+    hosts = Hosts(Settings(server=HTTP(allowed_hosts=("LQ.example",))))
+    hosts.check("lq.example:8000")
+    for bad in (None, "", "evil.example", "127.0.0.1.evil.example", "[::2]:80"):
+        with pytest.raises(HostNotAllowed):
+            hosts.check(bad)
