@@ -1,0 +1,209 @@
+"""Tiny random checkpoints of each family with real tokenizers, and their logits in llama.cpp."""
+
+import ctypes
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 256,
+}
+
+SILENCE: list[Any] = []
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A saved checkpoint and the transformers model it holds, float32, attention computed plainly."""
+
+    path: Path
+    model: Any
+
+    def logits(self, tokens: list[int]) -> np.ndarray:
+        """(tokens, vocabulary) float32, by transformers."""
+        return torch_logits(self.model, tokens)
+
+
+def torch_logits(model: Any, tokens: list[int]) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].float().numpy()
+
+
+def n_vocab(folder: Path) -> int:
+    """Rows an embedding needs for a tokenizer.json."""
+    spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    ids = [*spec["model"]["vocab"].values(), *(token["id"] for token in spec["added_tokens"])]
+    return max(ids) + 1
+
+
+@pytest.fixture(scope="session")
+def make_tiny(tmp_path_factory, tokenizer_dir) -> Callable[..., Tiny]:
+    """A function: (transformers config class name, tokenizer name or folder, **config) -> Tiny."""
+    import torch
+    import transformers
+
+    def make(config: str, tokenizer: str | Path, *, pad: int = 0, **values: Any) -> Tiny:
+        source = tokenizer_dir(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        values = {**SHAPE, "vocab_size": n_vocab(source) + pad, **values}
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(
+            getattr(transformers, config)(**values), dtype=torch.float32, attn_implementation="eager"
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:  # norms and biases start as ones and zeros, which would hide errors
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+        path = tmp_path_factory.mktemp("checkpoint") / config.removesuffix("Config").lower()
+        model.eval().save_pretrained(path)
+        for file in source.iterdir():
+            shutil.copy(file, path)
+        return Tiny(path, model)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(make_tiny) -> Tiny:
+    """The smallest of them, for tests that only need a checkpoint; copy it before changing it."""
+    return make_tiny("LlamaConfig", "llama2", eos_token_id=2)
+
+
+@pytest.fixture
+def checkpoint(tiny_llama: Tiny, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama, free to be damaged."""
+    return Path(shutil.copytree(tiny_llama.path, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def phi3_tokenizer(tokenizer_dir, tmp_path_factory) -> Path:
+    """Phi-3's tokenizer: Llama 2's, with turn tokens that swallow the spaces after them."""
+    folder = tmp_path_factory.mktemp("tokenizer") / "phi3"
+    shutil.copytree(tokenizer_dir("llama2"), folder)
+    spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    for token in spec["added_tokens"]:
+        token["rstrip"] = token["content"] == "</s>"
+    names = ["endoftext", "assistant", *(f"placeholder{i}" for i in range(1, 5)), "system", "end", "user"]
+    for offset, name in enumerate(names):
+        token = {"id": 32000 + offset, "content": f"<|{name}|>", "single_word": False, "lstrip": False}
+        token |= {"rstrip": name != "endoftext", "normalized": False, "special": True}
+        spec["added_tokens"].append(token)
+    (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), "utf-8")
+    config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    config |= {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    del config["added_tokens_decoder"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    return folder
+
+
+@cache
+def quiet_llama_cpp() -> Any:
+    """llama_cpp without its log, whose lines may end within a character."""
+    import llama_cpp
+
+    SILENCE.append(llama_cpp.llama_log_callback(lambda *_: None))
+    llama_cpp.llama_log_set(SILENCE[0], ctypes.c_void_p(0))
+    return llama_cpp
+
+
+@pytest.fixture(scope="session")
+def evaluate_gguf() -> Callable[..., np.ndarray]:
+    """A function: (GGUF, tokens) -> (tokens, vocabulary) float32 logits by llama.cpp, cache in float32."""
+    llama_cpp = quiet_llama_cpp()
+
+    def run(path: Path, tokens: list[int]) -> np.ndarray:
+        model = llama_cpp.llama_model_load_from_file(
+            str(path).encode(), llama_cpp.llama_model_default_params()
+        )
+        assert model, f"llama.cpp cannot load {path}"
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx, settings.n_batch, settings.n_ubatch = 256, len(tokens), len(tokens)
+        settings.n_threads = settings.n_threads_batch = 2
+        settings.type_k = settings.type_v = settings.flash_attn_type = (
+            0  # float32, attention computed plainly
+        )
+        context = llama_cpp.llama_init_from_model(model, settings)
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for position, token in enumerate(tokens):
+            batch.token[position], batch.pos[position], batch.logits[position] = token, position, 1
+            batch.n_seq_id[position], batch.seq_id[position][0] = 1, 0
+        assert llama_cpp.llama_decode(context, batch) == 0
+        width = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        rows = [
+            np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, i), (width,)).copy()
+            for i in range(len(tokens))
+        ]
+        llama_cpp.llama_batch_free(batch)
+        llama_cpp.llama_free(context)
+        llama_cpp.llama_model_free(model)
+        return np.stack(rows)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tokenize_gguf() -> Callable[..., Iterator[Callable[..., list[int]]]]:
+    """A context manager: GGUF -> function (text, add_special) -> token ids by llama.cpp."""
+    llama_cpp = quiet_llama_cpp()
+
+    @contextmanager
+    def open_vocabulary(path: Path) -> Iterator[Callable[[str, bool], list[int]]]:
+        settings = llama_cpp.llama_model_default_params()
+        settings.vocab_only = True
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
+        vocabulary = llama_cpp.llama_model_get_vocab(model)
+
+        def tokenize(text: str, add_special: bool) -> list[int]:
+            data = text.encode()
+            room = len(data) + 8
+            ids = (llama_cpp.llama_token * room)()
+            count = llama_cpp.llama_tokenize(vocabulary, data, len(data), ids, room, add_special, True)
+            return list(ids[:count])
+
+        yield tokenize
+        llama_cpp.llama_model_free(model)
+
+    return open_vocabulary
+
+
+def max_kl(reference: np.ndarray, candidate: np.ndarray) -> float:
+    """The largest KL(reference || candidate) in nats over the rows, in float64."""
+
+    def log_softmax(logits: np.ndarray) -> np.ndarray:
+        shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+    left, right = log_softmax(reference), log_softmax(candidate[:, : reference.shape[1]])
+    return float((np.exp(left) * (left - right)).sum(-1).max())
+
+
+@pytest.fixture(scope="session", name="max_kl")
+def max_kl_fixture() -> Callable[[np.ndarray, np.ndarray], float]:
+    return max_kl
+
+
+@pytest.fixture(scope="session")
+def some_tokens() -> list[int]:
+    """64 ids that every tokenizer of ours has."""
+    return np.random.default_rng(1).integers(300, 20_000, 64).tolist()
+
+
+@pytest.fixture(scope="session", name="torch_logits")
+def torch_logits_fixture() -> Callable[[Any, list[int]], np.ndarray]:
+    return torch_logits
