@@ -98,7 +98,7 @@ def _run(order: Order, final: Path, progress: TensorProgress | None) -> list[str
 def _relay(
     order: Order, last_words: Path, progress: TensorProgress | None
 ) -> tuple[bool, int | None, list[str]]:
-    """Whether it succeeded, the exit code and the log lines; the child is dead when this returns or raises."""
+    """Whether it succeeded, exit code, log lines; the child is dead when this returns or raises."""
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     process = spawn.Process(target=_child, args=(order, sender, last_words), name="lq-quantize", daemon=True)
@@ -155,7 +155,7 @@ def _sync(path: Path) -> None:
 
 
 def _child(order: Order, sender: Connection, last_words: Path) -> None:
-    """The child's whole life: Ctrl-C is the parent's to handle, and a dead parent ends it at the next line."""
+    """The child's whole life: Ctrl-C is the parent's to handle; a dead parent ends it at the next line."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["GGML_NO_BACKTRACE"] = "1"
     with last_words.open("wb") as file:

@@ -18,7 +18,9 @@ class InvalidMatrix(QuantizeError):
     """A file that is not an importance matrix."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path} is not an importance matrix: {reason}; give a GGUF that llama-imatrix or lq wrote")
+        super().__init__(
+            f"{path} is not an importance matrix: {reason}; give a GGUF that llama-imatrix or lq wrote"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Entry:
     counts: np.ndarray
 
     def means(self) -> np.ndarray:
-        """Mean squares, float32 (n_matrices * ne0,); 1 where an expert saw no token, as llama-quantize does."""
+        """Mean squares, float32 (n_matrices * ne0,); 1 where an expert saw no token, as in llama-quantize."""
         counts = self.counts.astype(np.float64)[:, None]
         means = np.where(counts > 0, self.sums / np.maximum(counts, 1), 1.0)
         return means.astype(np.float32).reshape(-1)
