@@ -35,11 +35,12 @@ def of_entry(entry: Entry) -> dict[str, Any]:
 
 def of_path(path: Path) -> dict[str, Any]:
     """Facts of a GGUF file, or of the folder of a model."""
-    if path.is_file() or any(path.glob("*.gguf")):
+    kind = kinds.detect_path(path)
+    if kind == "adapter" and (path / "adapter_config.json").is_file():
+        return _of_adapter(Adapter.open(path))
+    if kind in ("gguf", "adapter"):
         files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
         return _of_gguf([read_header(file) for file in files])
-    if (path / "adapter_config.json").is_file():
-        return _of_adapter(Adapter.open(path))
     return _of_checkpoint(path)
 
 

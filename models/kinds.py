@@ -66,20 +66,20 @@ def refuse_pickles(where: str, paths: Iterable[str]) -> None:
 def detect(folder: Path) -> Kind:
     """The kind of what lies in `folder`, checked to be whole; raises NotAModel or the format's error."""
     paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    ggufs = [path for path in paths if path.endswith(".gguf")]
-    if ggufs:
-        return _detect_gguf([folder / path for path in sorted(ggufs)])
-    refuse_pickles(str(folder), paths)
     if "adapter_config.json" in paths:
         return _checked_adapter(folder)
-    if "config.json" not in paths or not any(path.endswith(".safetensors") for path in paths):
-        raise NotAModel(
-            folder,
-            "no model found: expected a .gguf file, or config.json with .safetensors files, or "
-            f"adapter_config.json (it holds {', '.join(sorted(paths)[:5]) or 'nothing'})",
-        )
-    _check_weights(folder)
-    return "embedder" if "modules.json" in paths else "checkpoint"
+    weights = [path for path in wanted(paths) if path.endswith(".safetensors")]
+    if "config.json" in paths and weights:
+        _check_weights(folder, weights)
+        return "embedder" if "modules.json" in paths else "checkpoint"
+    if any(folder.glob("*.gguf")):
+        return _detect_gguf(sorted(folder.glob("*.gguf")))
+    refuse_pickles(str(folder), paths)
+    raise NotAModel(
+        folder,
+        "no model found: expected a .gguf file, or config.json with .safetensors files, or "
+        f"adapter_config.json (it holds {', '.join(sorted(paths)[:5]) or 'nothing'})",
+    )
 
 
 def detect_path(path: Path) -> Kind:
@@ -137,11 +137,11 @@ def _checked_adapter(folder: Path) -> Kind:
     return "adapter"
 
 
-def _check_weights(folder: Path) -> None:
+def _check_weights(folder: Path, weights: list[str]) -> None:
     """Every weight file complete, every shard of the index present."""
     read_json(folder / "config.json")
-    for path in folder.rglob("*.safetensors"):
-        TensorFile.open(path)
+    for name in weights:
+        TensorFile.open(folder / name)
     index = folder / "model.safetensors.index.json"
     if index.exists():
         shards = read_json(index).get("weight_map")

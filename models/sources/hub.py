@@ -38,7 +38,7 @@ def fetch(reference: HubReference, stage: Stage, progress: Progress) -> Fetched:
     _check_space(reference, listing.commit, sizes)
     done, total = 0, sum(sizes.values())
     for name in names:
-        target = stage.content / name
+        target = stage.content / (Path(name).name if name.endswith(".gguf") else name)
         if not target.exists():
             meter = _meter(progress, name, done, total)
             cached = _explained(reference, lambda n=name, m=meter: _download(reference, listing.commit, n, m))

@@ -35,9 +35,9 @@ def _files(path: Path) -> dict[str, Path]:
     if not path.is_dir():
         raise FetchFailed(f"{path}: no such file or folder; check the path")
     found = {item.relative_to(path).as_posix(): item for item in path.rglob("*") if item.is_file()}
-    names = wanted(found) or sorted(name for name in found if name.endswith(".gguf"))
-    if any(name.endswith(".gguf") for name in found) and not any(n.endswith(".safetensors") for n in names):
-        names = sorted(name for name in found if name.endswith(".gguf"))
+    names = wanted(found)
+    if not any(name.endswith(".safetensors") for name in names):
+        names = sorted(name for name in found if name.endswith(".gguf") and "/" not in name)
     if not names:
         refuse_pickles(str(path), found)
         raise FetchFailed(f"{path}: the folder holds no model files; give a checkpoint's folder or a .gguf")

@@ -243,6 +243,13 @@ def test_a_gguf_is_chosen_by_file_or_type_with_all_its_pieces(reference, chosen)
     assert hub.choose(reference, GGUFS) == chosen
 
 
+def test_a_gguf_in_a_subfolder_of_the_repository_is_stored_at_the_top(server, store, smollm2_gguf):
+    server.repositories["org/name"] = {"deep/m-Q4_1.gguf": smollm2_gguf.read_bytes()}
+    entry = store.pull("hf:org/name/deep/m-Q4_1.gguf")
+    assert (entry.name, entry.file.name) == ("m-Q4_1", "m-Q4_1.gguf")
+    assert store.resolve_model("m-Q4_1") == entry.file
+
+
 def test_a_choice_that_is_not_clear_lists_the_offers():
     with pytest.raises(FetchFailed, match=r"holds 3 GGUF files; name one .* m-Q4_K_M\.gguf"):
         hub.choose(HubReference("", "o/n"), GGUFS)

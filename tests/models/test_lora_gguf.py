@@ -22,48 +22,49 @@ pytestmark = [
 ]
 TOKENS = [1, 5, 17, 80, 3, 42, 9, 60, 33, 2, 71, 14]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+SIZES = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+#: Family -> (class, options of its configuration, projections to adapt).
+FAMILIES = {
+    "llama": ("Llama", {}, PROJECTIONS),
+    "qwen2": ("Qwen2", {}, PROJECTIONS),
+    "qwen3": ("Qwen3", {"head_dim": 32}, PROJECTIONS),
+    "gemma3": (
+        "Gemma3",
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64, "tie_word_embeddings": True},
+        PROJECTIONS,
+    ),
+    "phi3": ("Phi3", {"sliding_window": None, "original_max_position_embeddings": 64}, FUSED),
+}
 
 
-def tiny_llama(seed: int = 0):
-    from transformers import LlamaConfig, LlamaForCausalLM
+def tiny_model(family: str = "llama"):
+    import transformers
 
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=96,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=False,
-            max_position_embeddings=64,
-            rms_norm_eps=1e-6,
-        )
-    ).eval()
-
-
-def gguf_name(name: str) -> str:
-    parts = name.removeprefix("model.").removesuffix(".weight").split(".", 2)
-    if parts[0] == "layers":
-        return f"blk.{parts[1]}.{NAMES[parts[2]]}.weight"
-    whole = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-    return f"{whole[parts[0]]}.weight"
+    name, options, _ = FAMILIES[family]
+    config_class = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config_class(**(SIZES | options)))
+    for parameter in model.parameters():  # norms and biases are not left at their neutral values
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    return model.eval()
 
 
 def rotary_rows(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_base(model, path):
+def write_base(family: str, path):
     """The tiny model as an F32 GGUF without a vocabulary."""
-    writer = gguf.GGUFWriter(path, "llama")
+    model = tiny_model(family)
     config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer = gguf.GGUFWriter(path, family)
     writer.add_context_length(64)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -71,14 +72,25 @@ def write_base(model, path):
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    if family == "gemma3":
+        writer.add_rope_freq_base(1_000_000.0)
+        writer.add_sliding_window(64)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")
+    architecture = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[family]
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
         weight = tensor.numpy()
-        if "q_proj" in name or "k_proj" in name:
+        if family == "llama" and ("q_proj" in name or "k_proj" in name):
             weight = rotary_rows(weight, 4 if "q_proj" in name else 2)
-        writer.add_tensor(gguf_name(name), np.ascontiguousarray(weight))
+        if family == "gemma3" and name.endswith("norm.weight"):
+            weight = weight + 1
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(weight))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -88,12 +100,12 @@ def write_base(model, path):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return write_base(tiny_llama(), tmp_path_factory.mktemp("base") / "base.gguf")
+    return write_base("llama", tmp_path_factory.mktemp("base") / "base.gguf")
 
 
-def save_adapter(folder, **options):
-    """PEFT's logits with a random adapter, which is saved into `folder`."""
-    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(task_type="CAUSAL_LM", **options))
+def save_adapter(folder, family: str = "llama", **options):
+    """The model's logits with a random adapter, by PEFT, which is saved into `folder`."""
+    model = peft.get_peft_model(tiny_model(family), peft.LoraConfig(task_type="CAUSAL_LM", **options))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -137,10 +149,16 @@ def _silence(_level, _text, _data):
     return None
 
 
-def test_the_base_gguf_of_these_tests_equals_transformers(base):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_has_pefts_logits_with_the_adapter(tmp_path, family):
+    base = write_base(family, tmp_path / "base.gguf")
     with torch.no_grad():
-        expected = tiny_llama()(torch.tensor([TOKENS])).logits[0].numpy()
-    np.testing.assert_allclose(llama_logits(base), expected, atol=1e-4)
+        plain = tiny_model(family)(torch.tensor([TOKENS])).logits[0].numpy()
+    np.testing.assert_allclose(llama_logits(base), plain, atol=2e-4)
+    expected = save_adapter(tmp_path / "peft", family, r=4, lora_alpha=8, target_modules=FAMILIES[family][2])
+    adapter = convert_adapter(tmp_path / "peft", read_header(base), tmp_path / "adapter.gguf")
+    assert np.abs(expected - plain).max() > 0.1, "the adapter changes nothing"
+    np.testing.assert_allclose(llama_logits(base, adapter), expected, atol=5e-4)
 
 
 VARIANTS = {

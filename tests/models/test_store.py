@@ -108,6 +108,15 @@ def test_pieces_of_a_split_model_stay_together(store, tmp_path):
     assert entry.file.name == "m-00001-of-00002.gguf"
 
 
+def test_a_checkpoint_with_a_gguf_beside_it_stays_a_checkpoint(store, tmp_path):
+    folder = write_checkpoint(tmp_path / "m")
+    write_gguf(folder / "m-Q8_0.gguf")
+    assert store.resolve_checkpoint(str(folder)) == folder
+    entry = store.pull(str(folder))
+    assert entry.kind == "checkpoint"
+    assert not list(entry.path.glob("*.gguf"))
+
+
 def test_two_unrelated_ggufs_in_a_folder_are_refused(store, tmp_path):
     write_gguf(tmp_path / "f/a.gguf")
     write_gguf(tmp_path / "f/b.gguf")
