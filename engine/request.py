@@ -1,0 +1,287 @@
+"""What goes into the engine and what comes out: configuration, requests, events, errors.
+
+Plain values that cross the process boundary. Nothing here knows llama.cpp, processes or asyncio.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from engine.grammar import grammar_problem
+
+MAX_STOP_STRINGS = 32
+MAX_STOP_CHARACTERS = 500
+MAX_LOGIT_BIASES = 1024
+MAX_TOP_LOGPROBS = 20
+MAX_PROMPT_BYTES = 32 * 2**20
+MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
+
+FinishReason = Literal["stop", "length", "cancelled"]
+KVType = Literal["f16", "bf16", "f32", "q8_0", "q4_0"]
+
+
+class EngineError(Exception):
+    """Base of everything the engine reports on purpose."""
+
+
+class InvalidRequest(EngineError):
+    """A field of the request that the engine refuses; `field` names it as `GenerationRequest` does."""
+
+    def __init__(self, message: str, *, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ContextOverflow(EngineError):
+    """The prompt leaves no room for a single new token."""
+
+    def __init__(self, n_prompt_tokens: int, n_ctx: int) -> None:
+        super().__init__(
+            f"the prompt has {n_prompt_tokens} tokens but the context holds {n_ctx}, the answer included: "
+            f"shorten the prompt or start the engine with a larger n_ctx"
+        )
+        self.n_prompt_tokens = n_prompt_tokens
+        self.n_ctx = n_ctx
+
+
+class QueueFull(EngineError):
+    """More requests wait than the engine was told to hold."""
+
+    def __init__(self, waiting: int, retry_after_s: float) -> None:
+        super().__init__(f"{waiting} requests are waiting already: try again in {retry_after_s:.0f} s")
+        self.retry_after_s = retry_after_s
+
+
+class EngineRestarted(EngineError):
+    """The process died while this request ran; the same request may be sent again."""
+
+
+class EngineUnavailable(EngineError):
+    """The process cannot be started or was closed."""
+
+
+class ModelLoadFailed(EngineError):
+    """llama.cpp refused the model, the adapter or the context; the message carries its reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 is greedy; a value that disables is named at each field."""
+
+    temperature: float = 0.8  # 0..100
+    top_k: int = 40  # 0: off
+    top_p: float = 0.95  # 1: off
+    min_p: float = 0.05  # 0: off
+    typical_p: float = 1.0  # 1: off
+    repeat_penalty: float = 1.0  # 1: off
+    repeat_last_n: int = 64  # tokens that the three penalties look back on; 0: off
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0  # 0: off
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2  # tokens
+    dry_penalty_last_n: int | None = None  # tokens; None: the whole context
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added logit); -100 and below bans
+    seed: int | None = None  # None: a fresh one
+    grammar: str | None = None  # GBNF
+
+    def validate(self) -> None:
+        """Raise InvalidRequest for the first field out of range."""
+        _within("temperature", self.temperature, 0, 100)
+        _within("top_k", self.top_k, 0, 2**31 - 1)
+        _within("top_p", self.top_p, 0, 1)
+        _within("min_p", self.min_p, 0, 1)
+        _within("typical_p", self.typical_p, 0, 1)
+        _within("repeat_penalty", self.repeat_penalty, 0.01, 100)
+        _within("repeat_last_n", self.repeat_last_n, 0, 2**20)
+        _within("presence_penalty", self.presence_penalty, -100, 100)
+        _within("frequency_penalty", self.frequency_penalty, -100, 100)
+        _within("dry_multiplier", self.dry_multiplier, 0, 100)
+        _within("dry_base", self.dry_base, 1, 100)
+        _within("dry_allowed_length", self.dry_allowed_length, 1, 2**20)
+        if self.dry_penalty_last_n is not None:
+            _within("dry_penalty_last_n", self.dry_penalty_last_n, 0, 2**20)
+        if self.seed is not None:
+            _within("seed", self.seed, -(2**63), 2**63 - 1)
+        self._validate_biases()
+        if self.grammar is not None and (problem := grammar_problem(self.grammar)):
+            raise InvalidRequest(f"grammar: {problem}", field="grammar")
+
+    def _validate_biases(self) -> None:
+        if len(self.logit_bias) > MAX_LOGIT_BIASES:
+            raise InvalidRequest(
+                f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_LOGIT_BIASES} are taken",
+                field="logit_bias",
+            )
+        for token, bias in self.logit_bias:
+            if token < 0:
+                raise InvalidRequest(f"logit_bias: {token} is not a token id", field="logit_bias")
+            if not (math.isfinite(bias) or bias == -math.inf):
+                raise InvalidRequest(
+                    f"logit_bias of token {token} is {bias}; give a number, -100 to ban it",
+                    field="logit_bias",
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One continuation to write. A text prompt is tokenised by the engine; tokens are taken as they are."""
+
+    prompt: str | tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int | None = None  # None: until the context is full
+    stop: tuple[str, ...] = ()  # the text ends before the first of these; it is not part of the answer
+    logprobs: int | None = None  # None: none; 0: of the chosen token; n: and of the n likeliest, up to 20
+    ignore_eos: bool = False  # the model cannot end the text; only max_tokens and stop do
+    add_special: bool = True  # BOS (and EOS) as the model asks for; text prompts only
+    parse_special: bool = False  # special tokens in the text become those tokens; text prompts only
+
+    def validate(self) -> None:
+        """Raise InvalidRequest for the first field out of range."""
+        self.sampling.validate()
+        self._validate_prompt()
+        if self.max_tokens is not None:
+            _within("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        if self.logprobs is not None:
+            _within("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequest(
+                f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are taken", field="stop"
+            )
+        for text in self.stop:
+            if not 0 < len(text) <= MAX_STOP_CHARACTERS:
+                raise InvalidRequest(
+                    f"a stop string has {len(text)} characters; give 1 to {MAX_STOP_CHARACTERS}", field="stop"
+                )
+        if self.ignore_eos and self.sampling.grammar is not None:
+            raise InvalidRequest(
+                "ignore_eos cannot hold beside a grammar, which ends the text", field="ignore_eos"
+            )
+
+    def _validate_prompt(self) -> None:
+        if isinstance(self.prompt, str):
+            if len(self.prompt) > MAX_PROMPT_BYTES:
+                raise InvalidRequest(
+                    f"the prompt has {len(self.prompt)} characters; at most {MAX_PROMPT_BYTES} are read",
+                    field="prompt",
+                )
+            if any("\ud800" <= c <= "\udfff" for c in self.prompt):
+                raise InvalidRequest("the prompt holds a lone surrogate: send valid Unicode", field="prompt")
+        elif not self.prompt:
+            raise InvalidRequest("the prompt has no tokens: give at least one", field="prompt")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural logarithms of the model's own probabilities, before any sampling stage."""
+
+    token: int
+    text_bytes: bytes
+    logprob: float
+    top: tuple[tuple[int, bytes, float], ...]  # likeliest first
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step added. `text` may lag behind `tokens`: it waits for whole characters and stop strings."""
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The last event of a request."""
+
+    finish_reason: FinishReason
+    n_prompt_tokens: int
+    n_completion_tokens: int  # tokens the model wrote, the ending one included
+    n_cached_tokens: int = 0  # prompt tokens that were in the cache already
+    stop_string: str | None = None  # the one that ended the text
+    stop_token: int | None = None  # the end-of-generation token that ended it; in no Delta
+    prefill_s: float = 0.0  # from admission to the first token
+    decode_s: float = 0.0  # from the first token to the last
+
+
+Event = Delta | Done
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How to load a model and how much it may serve at once."""
+
+    model_path: Path
+    n_ctx: int = 4096  # tokens one request may use, answer included
+    n_parallel: int = 4  # sequences decoded together
+    n_threads: int | None = None  # None: physical cores that this process may use
+    n_gpu_layers: int | None = None  # None: all, if the build has a GPU backend
+    n_batch: int = 512  # tokens of one prefill chunk
+    kv_type_k: KVType = "f16"
+    kv_type_v: KVType = "f16"
+    lora: tuple[tuple[Path, float], ...] = ()  # (GGUF adapter, scale), applied to every request
+    max_queue: int = 256  # requests that may wait beyond n_parallel
+
+    def validate(self) -> None:
+        """Raise InvalidRequest for the first field out of range."""
+        _within("n_ctx", self.n_ctx, 16, 2**24)
+        _within("n_parallel", self.n_parallel, 1, MAX_SEQUENCES)
+        if self.n_threads is not None:
+            _within("n_threads", self.n_threads, 1, 512)
+        if self.n_gpu_layers is not None:
+            _within("n_gpu_layers", self.n_gpu_layers, 0, 10_000)
+        _within("n_batch", self.n_batch, 1, 2**16)
+        _within("max_queue", self.max_queue, 0, 2**20)
+        for path, scale in self.lora:
+            _within(f"lora scale of {path}", scale, -100, 100)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the loaded model is and how it was loaded."""
+
+    n_ctx: int  # tokens per sequence
+    n_parallel: int
+    n_ctx_train: int
+    n_vocab: int
+    n_embd: int
+    n_params: int
+    size_bytes: int
+    architecture: str
+    description: str  # llama.cpp's own, such as "llama 135M Q4_1"
+    chat_template: str | None
+    bos_token: str  # text; "" when the model has none
+    eos_token: str
+    bos_id: int | None
+    eos_id: int | None
+    eot_id: int | None
+    add_bos: bool
+    gpu: str | None  # device name; None: everything runs on the CPU
+    n_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot. Counters run since the engine handle was started, restarts included."""
+
+    running: int
+    waiting: int
+    n_slots: int
+    kv_cells_total: int
+    kv_cells_used: int  # held by running sequences
+    kv_cells_cached: int  # held by idle slots for their prefix; given up when needed
+    requests_total: int = 0
+    cancelled_total: int = 0
+    failed_total: int = 0
+    prompt_tokens_total: int = 0
+    cached_tokens_total: int = 0  # of prompt_tokens_total
+    completion_tokens_total: int = 0
+    decode_steps_total: int = 0  # llama_decode calls
+    busy_s: float = 0.0  # time spent in steps
+    restarts_total: int = 0
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not (isinstance(value, int | float) and low <= value <= high):  # NaN fails every comparison
+        raise InvalidRequest(f"{name} is {value!r}; give a number from {low} to {high}", field=name)

@@ -1,0 +1,181 @@
+"""Choose which sequences join the next llama_decode call.
+
+Pure bookkeeping: no C calls, no text, no clock. The loop asks, the scheduler answers.
+
+A slot is one sequence id of the KV memory. It holds the tokens whose cells are computed, also after its request
+has ended, so that a later request can start from them. Memory can never run out: the KV cache has n_ctx cells a
+slot, and a sequence never grows past n_ctx.
+
+The policy: requests are admitted in order of arrival, each running sequence gets its one token in every call,
+and the rest of the call is filled with the oldest prompts. While others are decoding, a prompt chunk is at most
+`n_shared_chunk` tokens, so that a long prompt slows their streams but never stops them.
+"""
+
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from engine.prefix import longest_match
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One request on its way: its prompt, what it wrote, and how far its cells are computed."""
+
+    id: Hashable
+    prompt: tuple[int, ...]
+    max_tokens: int  # new tokens, at least 1; prompt and new tokens together fit n_ctx
+    written: list[int] = field(default_factory=list)
+    n_computed: int = 0  # tokens of prompt + written that have cells
+    n_cached: int = 0  # of the prompt, found in the cache at admission
+    slot: int | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.prompt) + len(self.written)
+
+    @property
+    def is_decoding(self) -> bool:
+        return bool(self.written)
+
+    def pending(self, limit: int) -> list[int]:
+        """The next tokens without cells, at most `limit`."""
+        if self.written:
+            return [self.written[-1]]
+        return list(self.prompt[self.n_computed : self.n_computed + limit])
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Put a sequence into its slot: keep `length` tokens, taken from slot `source`, and forget the rest."""
+
+    sequence: Sequence
+    source: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens of one sequence for the next call; the last one's logits are needed if `samples`."""
+
+    sequence: Sequence
+    tokens: list[int]
+    start: int  # position of the first
+    samples: bool
+
+
+@dataclass(slots=True)
+class Slot:
+    """What one sequence id of the KV memory holds."""
+
+    tokens: list[int] = field(default_factory=list)
+    sequence: Sequence | None = None
+    last_used: int = 0
+
+
+class Scheduler:
+    """Waiting requests, running sequences and what the slots remember."""
+
+    def __init__(
+        self, *, n_slots: int, n_batch: int, n_shared_chunk: int | None = None, share_prefixes: bool = True
+    ) -> None:
+        self.n_batch = n_batch
+        self.n_shared_chunk = n_shared_chunk or max(1, n_batch // 4)
+        self.share_prefixes = share_prefixes
+        self.waiting: deque[Sequence] = deque()
+        self.slots = [Slot() for _ in range(n_slots)]
+        self._turn = 0
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Admitted sequences, in slot order, which stays the same from call to call."""
+        return [slot.sequence for slot in self.slots if slot.sequence is not None]
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a request."""
+        self.waiting.append(sequence)
+
+    def admit(self) -> list[Admission]:
+        """Give free slots to waiting requests, oldest first, each with the longest prefix that any slot holds."""
+        admissions = []
+        while self.waiting and any(slot.sequence is None for slot in self.slots):
+            admissions.append(self._place(self.waiting.popleft()))
+        return admissions
+
+    def plan(self) -> list[Chunk]:
+        """The next call: one token of every decoding sequence, then prompt chunks up to the call's size."""
+        running = self.running
+        chunks = [self._chunk(sequence, 1) for sequence in running if sequence.is_decoding]
+        room = self.n_batch - len(chunks)
+        if chunks:
+            room = min(room, self.n_shared_chunk)
+        prefilling = sorted((s for s in running if not s.is_decoding), key=lambda s: self._age(s))
+        for sequence in prefilling:
+            if room <= 0:
+                break
+            chunk = self._chunk(sequence, room)
+            chunks.append(chunk)
+            room -= len(chunk.tokens)
+        return chunks
+
+    def computed(self, chunk: Chunk) -> None:
+        """A chunk of the plan was decoded: its tokens have cells now."""
+        sequence = chunk.sequence
+        sequence.n_computed += len(chunk.tokens)
+        self._slot(sequence).tokens.extend(chunk.tokens)
+
+    def wrote(self, sequence: Sequence, token: int) -> bool:
+        """A token was sampled; returns whether the sequence may write another."""
+        sequence.written.append(token)
+        return len(sequence.written) < sequence.max_tokens
+
+    def release(self, sequence: Sequence, *, forget: bool = False) -> None:
+        """End a sequence, running or waiting; its slot keeps the computed tokens unless `forget`."""
+        if sequence.slot is None:
+            self.waiting.remove(sequence)
+            return
+        slot = self._slot(sequence)
+        slot.sequence = None
+        sequence.slot = None
+        if forget:
+            slot.tokens.clear()
+
+    def _slot(self, sequence: Sequence) -> Slot:
+        assert sequence.slot is not None
+        return self.slots[sequence.slot]
+
+    def _age(self, sequence: Sequence) -> int:
+        return self._slot(sequence).last_used
+
+    def _chunk(self, sequence: Sequence, limit: int) -> Chunk:
+        tokens = sequence.pending(limit)
+        reaches_end = sequence.n_computed + len(tokens) == sequence.n_tokens
+        return Chunk(sequence, tokens, sequence.n_computed, reaches_end)
+
+    def _place(self, sequence: Sequence) -> Admission:
+        """Choose the slot: the idle one that holds the match, else the one whose tokens are worth least."""
+        free = [index for index, slot in enumerate(self.slots) if slot.sequence is None]
+        match = None
+        if self.share_prefixes:
+            usable = sequence.prompt[:-1]  # the last token must be computed: its logits are needed
+            match = longest_match(usable, {i: tuple(slot.tokens) for i, slot in enumerate(self.slots)})
+        length = match.length if match else 0
+        target = self._target(free, match.slot if match else None, length)
+        source = match.slot if match else target
+        slot = self.slots[target]
+        self._turn += 1
+        slot.sequence, slot.last_used = sequence, self._turn
+        slot.tokens = list(sequence.prompt[:length])
+        sequence.slot, sequence.n_computed, sequence.n_cached = target, length, length
+        return Admission(sequence, source, length)
+
+    def _target(self, free: list[int], match: int | None, length: int) -> int:
+        if match in free and 2 * length >= len(self.slots[match].tokens):
+            return match  # most of what it holds is used again: no copy, nothing lost
+        empty = [index for index in free if not self.slots[index].tokens]
+        others = [index for index in free if index != match] or free
+        return empty[0] if empty else min(others, key=lambda index: self.slots[index].last_used)

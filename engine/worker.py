@@ -1,0 +1,160 @@
+"""The engine's process: one model, one context, one loop, one socket to the client.
+
+Single-threaded on purpose: a second busy Python thread would make every short native call wait for the GIL.
+Between two steps it reads what has come, without waiting while there is work. It ends when the client does.
+"""
+
+import contextlib
+import select
+import signal
+import socket
+import sys
+from contextlib import ExitStack
+
+from engine import wire
+from engine.llama import Adapter, Context, Model, gpu_name
+from engine.loop import Loop
+from engine.request import EngineConfig, EngineError, EngineInfo
+
+
+class ClientGone(Exception):
+    """The other end of the socket was closed."""
+
+
+class Channel:
+    """Frames over a blocking socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._buffer = bytearray()
+
+    def send(self, reply: wire.Reply) -> None:
+        try:
+            self._connection.sendall(wire.frame(reply))
+        except OSError as error:
+            raise ClientGone from error
+
+    def receive(self, *, wait: bool) -> list[wire.Command]:
+        """Every complete message that is there; waits for the first one if `wait`."""
+        messages = self._complete()
+        while not messages:
+            ready, _, _ = select.select([self._connection], [], [], None if wait else 0)
+            if not ready:
+                break
+            data = self._connection.recv(1 << 20)
+            if not data:
+                raise ClientGone
+            self._buffer += data
+            messages = self._complete()
+        return messages
+
+    def _complete(self) -> list[wire.Command]:
+        messages = []
+        while len(self._buffer) >= wire.HEADER.size:
+            (size,) = wire.HEADER.unpack_from(self._buffer)
+            end = wire.HEADER.size + size
+            if len(self._buffer) < end:
+                break
+            messages.append(wire.message(bytes(self._buffer[wire.HEADER.size : end])))
+            del self._buffer[:end]
+        return messages
+
+
+def load(config: EngineConfig, stack: ExitStack) -> tuple[Loop, EngineInfo]:
+    """Model, context and adapters as configured; freed when `stack` closes."""
+    model = stack.enter_context(Model.open(config.model_path, n_gpu_layers=config.n_gpu_layers))
+    context = stack.enter_context(
+        Context.open(
+            model,
+            n_ctx=config.n_ctx * config.n_parallel,
+            n_batch=max(config.n_batch, config.n_parallel),
+            n_seq_max=config.n_parallel,
+            n_outputs_max=config.n_parallel,
+            n_threads=config.n_threads,
+            type_k=config.kv_type_k,
+            type_v=config.kv_type_v,
+        )
+    )
+    if config.lora:
+        context.apply([(Adapter(model, path), scale) for path, scale in config.lora])
+    loop = Loop(model, context, n_ctx=config.n_ctx, n_parallel=config.n_parallel, max_queue=config.max_queue)
+    stack.callback(loop.close)
+    return loop, describe(config, model, context)
+
+
+def describe(config: EngineConfig, model: Model, context: Context) -> EngineInfo:
+    """What the server wants to know of the loaded model."""
+    offloads = config.n_gpu_layers is None or config.n_gpu_layers > 0
+    return EngineInfo(
+        n_ctx=config.n_ctx,
+        n_parallel=config.n_parallel,
+        n_ctx_train=model.n_ctx_train,
+        n_vocab=model.n_vocab,
+        n_embd=model.n_embd,
+        n_params=model.n_params,
+        size_bytes=model.size_bytes,
+        architecture=model.metadata.get("general.architecture", ""),
+        description=model.description,
+        chat_template=model.chat_template,
+        bos_token=model.token_text(model.bos_id),
+        eos_token=model.token_text(model.eos_id),
+        bos_id=model.bos_id,
+        eos_id=model.eos_id,
+        eot_id=model.eot_id,
+        add_bos=model.adds_bos,
+        gpu=gpu_name() if offloads else None,
+        n_threads=context.n_threads,
+    )
+
+
+def handle(command: wire.Command, loop: Loop, channel: Channel) -> None:
+    """Do what one message asks."""
+    match command:
+        case wire.Submit(id, request):
+            try:
+                loop.submit(id, request)
+            except EngineError as error:
+                channel.send(wire.Outputs([(id, wire.Failure.of(error))]))
+        case wire.Cancel(id):
+            loop.cancel(id)
+        case wire.Tokenize(id, text, add_special, parse_special):
+            tokens = loop.model.tokenize(text, add_special=add_special, parse_special=parse_special)
+            channel.send(wire.Answer(id, tokens))
+        case wire.Detokenize(id, tokens):
+            channel.send(wire.Answer(id, loop.model.detokenize(tokens)))
+        case wire.AskStats(id):
+            channel.send(wire.Answer(id, loop.stats()))
+
+
+def run(channel: Channel) -> None:
+    """Load what the first message names, then serve until the client goes."""
+    (start,) = channel.receive(wait=True)
+    assert isinstance(start, wire.Start)
+    with ExitStack() as stack:
+        try:
+            loop, info = load(start.config, stack)
+        except EngineError as error:
+            channel.send(wire.Failure.of(error))
+            return
+        channel.send(wire.Ready(info))
+        while True:
+            for command in channel.receive(wait=loop.idle):
+                handle(command, loop, channel)
+            outputs = loop.step()
+            if outputs:
+                items = [
+                    (id, wire.Failure.of(event) if isinstance(event, EngineError) else event)
+                    for id, event in outputs
+                ]
+                channel.send(wire.Outputs(items))  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """Entry point: the file descriptor of the socket is the first argument."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the client decides when to stop
+    with socket.socket(fileno=int(sys.argv[1])) as connection, contextlib.suppress(ClientGone):
+        run(Channel(connection))
+
+
+if __name__ == "__main__":
+    main()
