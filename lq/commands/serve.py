@@ -118,7 +118,7 @@ def stocked(settings: Settings):
     model = settings.models.get(DEFAULT_MODEL)
     wanted = model is not None and model.model in (None, DEFAULT_MODEL)
     if wanted and DEFAULT_MODEL not in {entry.name for entry in store.entries()}:
-        from lq.commands.store import transfer_progress
+        from lq.progress import transfer_progress
 
         with transfer_progress() as progress:
             store.pull(DEFAULT_MODEL, progress=progress)

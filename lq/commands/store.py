@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from models.store import Entry, Progress
+    from models.store import Entry
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; off by default.")]
 Reference = Annotated[
@@ -42,6 +39,7 @@ def register(app: typer.Typer) -> None:
 
 def pull(reference: Reference, name: NewName = None, as_json: AsJson = False) -> None:
     """Fetch a model, embedder or adapter into the store; a rerun goes on where it was interrupted."""
+    from lq.progress import transfer_progress
     from models.store import Store
 
     with transfer_progress() as progress:
@@ -156,30 +154,6 @@ def remove(
         _print_json({"removed": name})
     else:
         print(f"removed {name}")
-
-
-@contextmanager
-def transfer_progress() -> Iterator[Progress]:
-    """A bar on stderr for transfers, drawn on a terminal only."""
-    if not sys.stderr.isatty():
-        yield lambda _what, _done_bytes, _total_bytes: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bars
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
-        task, shown = bars.add_task("", total=None), ""
-
-        def report(what: str, done_bytes: int, total_bytes: int | None) -> None:
-            nonlocal shown
-            if what != shown:
-                bars.reset(task, description=what, total=total_bytes)
-                shown = what
-            bars.update(task, completed=done_bytes, total=total_bytes)
-
-        yield report
 
 
 def on_terminal() -> bool:
