@@ -1,7 +1,7 @@
 """Render a model's chat template to prompt text.
 
-Templates come from model files, so they are untrusted: an immutable sandbox, loops with a budget and
-texts with a limit. Knows nothing of tokens; the caller tokenises with parse_special=True.
+Templates come from model files, so they are untrusted and run in the sandbox. Knows nothing of tokens:
+the caller tokenises the text with parse_special=True.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import jinja2
 
 from engine.request import InvalidRequest
-from engine.sandbox import MAX_TEXT, Sandbox
+from engine.sandbox import Sandbox
 
 MAX_TEMPLATE_CHARACTERS = 256 * 1024
 _USER_TURN = "lq-user-turn-begins-here"
@@ -31,8 +31,8 @@ def render_chat(
 ) -> str:
     """The prompt text for the messages, up to where the assistant's answer begins.
 
-    Raises InvalidRequest: field "messages" when the template refuses them, "chat_template" when the
-    template itself is at fault.
+    Raises InvalidRequest: field "messages" when the template refuses or cannot print them,
+    "chat_template" when it is not Jinja at all.
     """
     values = {
         "messages": [dict(message) for message in messages],
@@ -44,23 +44,14 @@ def render_chat(
     }
     compiled = _compiled(template)
     try:
-        return _joined(compiled, values)
+        return _sandbox().render(compiled, values)
     except jinja2.TemplateError as error:
         raise InvalidRequest(
             f"the chat template refuses these messages: {error}", field="messages"
         ) from error
-    except (
-        TypeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        RecursionError,
-        ArithmeticError,
-        LookupError,
-    ) as error:
+    except Exception as error:  # whatever untrusted code ran into is its own fault, not ours
         raise InvalidRequest(
-            f"the chat template cannot render these messages: {type(error).__name__}: {error}",
-            field="messages",
+            f"the chat template fails on these messages: {type(error).__name__}: {error}", field="messages"
         ) from error
 
 
@@ -77,20 +68,6 @@ def open_user_turn(template: str, *, bos_token: str, eos_token: str, system: str
     return opening
 
 
-def _joined(compiled: jinja2.Template, values: dict[str, Any]) -> str:
-    pieces = []
-    size = 0
-    for piece in compiled.generate(values):
-        size += len(piece)
-        if size > MAX_TEXT:
-            raise InvalidRequest(
-                f"the chat template printed more than {MAX_TEXT} characters: send fewer or shorter messages",
-                field="messages",
-            )
-        pieces.append(piece)
-    return "".join(pieces)
-
-
 @lru_cache(maxsize=32)
 def _compiled(template: str) -> jinja2.Template:
     if len(template) > MAX_TEMPLATE_CHARACTERS:
@@ -99,27 +76,36 @@ def _compiled(template: str) -> jinja2.Template:
             field="chat_template",
         )
     try:
-        return _environment().bounded_template(template)
-    except (jinja2.TemplateSyntaxError, RecursionError) as error:
+        return _sandbox().bounded_template(template)
+    except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
         raise InvalidRequest(
             f"the chat template is not valid Jinja: {error}", field="chat_template"
         ) from error
 
 
 @lru_cache(maxsize=1)
-def _environment() -> Sandbox:
-    sandbox = Sandbox()
-    sandbox.filters["tojson"] = _tojson
-    sandbox.globals["raise_exception"] = _raise_exception
-    sandbox.globals["strftime_now"] = _strftime_now
-    return sandbox
+def _sandbox() -> Sandbox:
+    return Sandbox(
+        filters={"tojson": _tojson},
+        functions={"raise_exception": _raise_exception, "strftime_now": _strftime_now},
+    )
 
 
-def _tojson(value: Any, *, indent: int | None = None, separators: Any = None, **options: Any) -> str:
+def _tojson(
+    value: Any,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    ensure_ascii: bool = False,
+    sort_keys: bool = False,
+) -> str:
     """As transformers does: no HTML escapes, Unicode kept."""
-    allowed = {"ensure_ascii": False, "sort_keys": False} | options
-    indent = None if indent is None else min(indent, 16)
-    return json.dumps(value, indent=indent, separators=separators, **allowed)
+    return json.dumps(
+        value,
+        indent=None if indent is None else min(indent, 16),
+        separators=separators,
+        ensure_ascii=ensure_ascii,
+        sort_keys=sort_keys,
+    )
 
 
 def _raise_exception(message: str) -> NoReturn:
