@@ -1,0 +1,144 @@
+"""Texts -> vectors with a sentence-transformers folder of this machine; never the network.
+
+Owns prefixes, batches, lengths and the token spans that chunks are cut by. Knows no files and no search.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rag import fingerprint
+from rag.errors import RagError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from tokenizers import Tokenizer
+
+Progress = Callable[[int, int], None]  # (texts embedded, texts in all)
+
+BATCH = 32
+#: Models that read more are given windows of this many tokens at most: chunks are not longer.
+MAX_TOKENS = 2048
+
+
+class UnusableEmbedder(RagError):
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"{path} does not load as an embedder: {reason}; "
+            "give a sentence-transformers folder with .safetensors weights, or: lq pull all-minilm-l6-v2"
+        )
+
+
+class Embedder:
+    """One loaded model. Use from one thread at a time."""
+
+    def __init__(self, model: "SentenceTransformer", tokenizer: "Tokenizer", *, name: str, mark: str) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self.name = name
+        self.fingerprint = mark
+        self.dimension = int(model.get_embedding_dimension() or 0)
+        self.max_tokens = min(int(model.max_seq_length or MAX_TOKENS), MAX_TOKENS)
+
+    @classmethod
+    def load(cls, path: Path, *, name: str | None = None) -> "Embedder":
+        """The embedder in a folder; UnusableEmbedder says what is wrong with it."""
+        path = Path(path)
+        if not path.is_dir():
+            raise UnusableEmbedder(path, "it is no folder")
+        with _quiet():
+            import torch
+            from sentence_transformers import SentenceTransformer
+
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            try:
+                model = SentenceTransformer(
+                    str(path), device=device, local_files_only=True, model_kwargs={"use_safetensors": True}
+                )
+            except Exception as error:  # the libraries raise every kind, down to bare KeyErrors
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                raise UnusableEmbedder(path, reason) from error
+        return cls(model, _tokenizer(model, path), name=name or path.name, mark=fingerprint.of_folder(path))
+
+    def documents(self, texts: Sequence[str], progress: Progress | None = None) -> np.ndarray:
+        """(n, dimension) float32 of length 1, with the prefix that the model wants for documents."""
+        return self._embed(self._model.encode_document, texts, progress)
+
+    def queries(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, dimension) float32 of length 1, with the prefix that the model wants for questions."""
+        return self._embed(self._model.encode_query, texts, None)
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Character spans of the tokens of a text of any length, ascending, without special tokens."""
+        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        return [span for span in offsets if span[1] > span[0]]
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens that the model reads for a document, special ones and prefix included."""
+        return len(self._tokenizer.encode(self._prefix + text).ids)
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens of text that fit beside the special ones and the prefix."""
+        return self.max_tokens - self.count_tokens("")
+
+    @property
+    def _prefix(self) -> str:
+        return self._model.prompts.get("document") or ""
+
+    def _embed(
+        self, encode: Callable[..., Any], texts: Sequence[str], progress: Progress | None
+    ) -> np.ndarray:
+        """Longest first, so that a batch pads little and memory peaks at once."""
+        vectors = np.zeros((len(texts), self.dimension), np.float32)
+        order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
+        for first in range(0, len(order), BATCH):
+            rows = order[first : first + BATCH]
+            with _quiet():
+                vectors[rows] = encode(
+                    [texts[row] for row in rows],
+                    batch_size=BATCH,
+                    show_progress_bar=False,
+                    convert_to_numpy=True,
+                    normalize_embeddings=True,
+                )
+            if progress:
+                progress(first + len(rows), len(texts))
+        if not np.isfinite(vectors).all():
+            raise RagError(f"the embedder {self.name!r} wrote vectors that are not numbers; pull it again")
+        return vectors
+
+
+def _tokenizer(model: "SentenceTransformer", path: Path) -> "Tokenizer":
+    """A copy of our own that neither cuts nor pads."""
+    from tokenizers import Tokenizer
+
+    backend = getattr(model.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UnusableEmbedder(path, "its tokenizer has no tokenizer.json")
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The libraries' bars and warnings are about themselves, not about the user's documents."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers.utils import logging
+
+        level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)
+            if bars:
+                logging.enable_progress_bar()
