@@ -1,12 +1,9 @@
 """Tiny random checkpoints of each family with real tokenizers, and their logits in llama.cpp."""
 
-import ctypes
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,6 @@ SHAPE = {
     "initializer_range": 0.3,
     "max_position_embeddings": 256,
 }
-
-SILENCE: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -111,75 +106,31 @@ def phi3_tokenizer(tokenizer_dir, tmp_path_factory) -> Path:
     return folder
 
 
-@cache
-def quiet_llama_cpp() -> Any:
-    """llama_cpp without its log, whose lines may end within a character."""
-    import llama_cpp
-
-    SILENCE.append(llama_cpp.llama_log_callback(lambda *_: None))
-    llama_cpp.llama_log_set(SILENCE[0], ctypes.c_void_p(0))
-    return llama_cpp
-
-
 @pytest.fixture(scope="session")
 def evaluate_gguf() -> Callable[..., np.ndarray]:
-    """A function: (GGUF, tokens) -> (tokens, vocabulary) float32 logits by llama.cpp, cache in float32."""
-    llama_cpp = quiet_llama_cpp()
+    """A function: (GGUF, tokens) -> (tokens, vocabulary) float32 logits by llama.cpp, all in float32.
+
+    Flash attention is off: on CPUs it rounds to float16 within, which alone costs up to 1e-3 of divergence
+    on weights as large as these.
+    """
+    from engine import llama
+
+    defaults = llama.native.llama_context_default_params
+
+    def plain_attention() -> Any:
+        parameters = defaults()
+        parameters.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
+        return parameters
 
     def run(path: Path, tokens: list[int]) -> np.ndarray:
-        model = llama_cpp.llama_model_load_from_file(
-            str(path).encode(), llama_cpp.llama_model_default_params()
-        )
-        assert model, f"llama.cpp cannot load {path}"
-        settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx, settings.n_batch, settings.n_ubatch = 256, len(tokens), len(tokens)
-        settings.n_threads = settings.n_threads_batch = 2
-        settings.type_k = settings.type_v = settings.flash_attn_type = (
-            0  # float32, attention computed plainly
-        )
-        context = llama_cpp.llama_init_from_model(model, settings)
-        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
-        batch.n_tokens = len(tokens)
-        for position, token in enumerate(tokens):
-            batch.token[position], batch.pos[position], batch.logits[position] = token, position, 1
-            batch.n_seq_id[position], batch.seq_id[position][0] = 1, 0
-        assert llama_cpp.llama_decode(context, batch) == 0
-        width = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-        rows = [
-            np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, i), (width,)).copy()
-            for i in range(len(tokens))
-        ]
-        llama_cpp.llama_batch_free(batch)
-        llama_cpp.llama_free(context)
-        llama_cpp.llama_model_free(model)
-        return np.stack(rows)
+        with pytest.MonkeyPatch.context() as patch, llama.Model.open(path, n_gpu_layers=0) as model:
+            patch.setattr(llama.native, "llama_context_default_params", plain_attention)
+            with llama.Context.open(
+                model, n_ctx=256, n_batch=64, n_threads=2, type_k="f32", type_v="f32"
+            ) as context:
+                return np.array(llama.evaluate(context, tokens))
 
     return run
-
-
-@pytest.fixture(scope="session")
-def tokenize_gguf() -> Callable[..., Iterator[Callable[..., list[int]]]]:
-    """A context manager: GGUF -> function (text, add_special) -> token ids by llama.cpp."""
-    llama_cpp = quiet_llama_cpp()
-
-    @contextmanager
-    def open_vocabulary(path: Path) -> Iterator[Callable[[str, bool], list[int]]]:
-        settings = llama_cpp.llama_model_default_params()
-        settings.vocab_only = True
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
-        vocabulary = llama_cpp.llama_model_get_vocab(model)
-
-        def tokenize(text: str, add_special: bool) -> list[int]:
-            data = text.encode()
-            room = len(data) + 8
-            ids = (llama_cpp.llama_token * room)()
-            count = llama_cpp.llama_tokenize(vocabulary, data, len(data), ids, room, add_special, True)
-            return list(ids[:count])
-
-        yield tokenize
-        llama_cpp.llama_model_free(model)
-
-    return open_vocabulary
 
 
 def max_kl(reference: np.ndarray, candidate: np.ndarray) -> float:
