@@ -1,7 +1,7 @@
 """The asyncio handle of the engine process: submit, stream, cancel, restart.
 
-The event loop never waits for llama.cpp: messages go over a socket, events come back on queues. When the process
-dies it is started again; requests that had begun get EngineRestarted, those that had not are sent once more.
+The event loop never waits for llama.cpp: messages go over a socket, events come back on queues. When the
+process dies it is started again; requests that had begun get EngineRestarted, those that had not are sent once more.
 """
 
 import asyncio

@@ -22,20 +22,19 @@ def grammar_problem(text: str) -> str | None:
     """What is wrong with the size or nesting of the grammar, with the remedy; None when it may be parsed."""
     if "\0" in text:
         return "holds a NUL character: remove it"
-    size_bytes = len(text.encode("utf-8", "replace"))
-    if size_bytes > MAX_BYTES:
-        return f"has {size_bytes} bytes; at most {MAX_BYTES} are taken"
     if "::=" not in text:
         return "has no rule: write at least `root ::= ...`"
+    n_bytes = len(text.encode("utf-8", "replace"))
+    if n_bytes > MAX_BYTES:
+        return f"has {n_bytes} bytes; at most {MAX_BYTES} are taken"
     depth, rules, elements = _measure(text)
-    if depth > MAX_NESTING:
-        return f"nests {depth} groups; at most {MAX_NESTING} are taken: name inner groups as rules"
-    if rules > MAX_RULES:
-        return f"unrolls to {rules} rules; at most {MAX_RULES} are taken: lower its repetition counts"
-    if elements > MAX_ELEMENTS:
-        return (
-            f"unrolls to {elements} elements; at most {MAX_ELEMENTS} are taken: lower its repetition counts"
-        )
+    for count, most, remedy in (
+        (depth, MAX_NESTING, "levels of groups; name inner groups as rules"),
+        (rules, MAX_RULES, "rules when unrolled; lower its repetition counts"),
+        (elements, MAX_ELEMENTS, "elements when unrolled; lower its repetition counts"),
+    ):
+        if count > most:
+            return f"has more than {most} {remedy}"
     return None
 
 

@@ -1,16 +1,18 @@
 """The only file that imports llama_cpp for inference: model, context, batch, KV memory, adapters.
 
-Every native handle is a context manager with one owner, and is freed in reverse order of its making. Nothing
-here schedules, samples or knows requests. Tokens are plain ints, positions count from 0 within a sequence.
+Every native handle is a context manager with one owner, freed in reverse order of its making. Nothing here
+schedules, samples or knows requests. Tokens are plain ints, positions count from 0 within a sequence.
 """
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 from llama_cpp import _ggml as ggml_library
@@ -77,16 +79,17 @@ def gpu_name() -> str | None:
     return library.ggml_backend_dev_description(device).decode() if device else None
 
 
-class _Handle:
+class Handle:
     """A native object that is freed once, by `close` or at the end of a `with` block."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
 
     def close(self) -> None:
+        """Free it; a second call does nothing."""
         self._stack.close()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -95,16 +98,16 @@ class _Handle:
         self.close()
 
 
-class Model(_Handle):
+class Model(Handle):
     """A loaded GGUF and its vocabulary; read-only, shared by any number of contexts."""
 
-    def __init__(self, pointer: int, path: Path) -> None:
+    def __init__(self, pointer: Any, path: Path) -> None:
         super().__init__()
         self.pointer = pointer
         self.path = path
         self._stack.callback(native.llama_model_free, pointer)
-        self.vocab = native.llama_model_get_vocab(pointer)
-        self._eog: dict[int, bool] = {}
+        self.vocab: Any = native.llama_model_get_vocab(pointer)
+        self._pieces: dict[int, bytes] = {}
 
     @classmethod
     def open(
@@ -191,7 +194,19 @@ class Model(_Handle):
         return frozenset(t for t in range(self.n_vocab) if native.llama_vocab_is_eog(self.vocab, t))
 
     def is_eog(self, token: int) -> bool:
+        """Whether the token ends a generation."""
         return token in self.eog_tokens
+
+    @cached_property
+    def writes_text(self) -> bool:
+        """Whether it is a causal decoder; encoders and diffusion models are not."""
+        pointer = self.pointer
+        return (
+            native.llama_model_has_decoder(pointer)
+            and not native.llama_model_has_encoder(pointer)
+            and not native.llama_model_is_diffusion(pointer)
+            and self.metadata.get(f"{self.metadata.get('general.architecture')}.attention.causal") != "false"
+        )
 
     def tokenize(
         self, text: str | bytes, *, add_special: bool = True, parse_special: bool = False
@@ -209,13 +224,20 @@ class Model(_Handle):
         return tokens[:count]
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
-        """The bytes a token stands for; special tokens are empty unless asked for. Maybe half a character."""
+        """The bytes a token stands for, maybe half a character; special tokens are empty unless asked for."""
         buffer = ctypes.create_string_buffer(64)
         count = native.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
         if count < 0:
             buffer = ctypes.create_string_buffer(-count)
             count = native.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
         return buffer.raw[:count]
+
+    def written(self, token: int) -> bytes:
+        """`piece` of a token that the model wrote, remembered."""
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = self.piece(token)
+        return piece
 
     def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> str:
         """The text of a whole token sequence."""
@@ -226,21 +248,21 @@ class Model(_Handle):
         return "" if token is None else native.llama_vocab_get_text(self.vocab, token).decode("utf-8")
 
 
-def _token_or_none(token: int) -> int | None:
+def _token_or_none(token: Any) -> int | None:
     return None if token < 0 else token
 
 
-class Context(_Handle):
+class Context(Handle):
     """A KV memory over a model, and the one batch that is decoded into it. Not thread-safe."""
 
-    def __init__(self, pointer: int, model: Model, *, n_batch: int, keep_alive: Iterable[object]) -> None:
+    def __init__(self, pointer: Any, model: Model, *, n_batch: int, watcher: "_Watcher | None") -> None:
         super().__init__()
         self.pointer = pointer
         self.model = model
         self.n_batch = n_batch
-        self._keep_alive = tuple(keep_alive)
+        self._watcher = watcher
         self._stack.callback(native.llama_free, pointer)
-        self.memory = native.llama_get_memory(pointer)
+        self.memory: Any = native.llama_get_memory(pointer)
         self.n_ctx: int = native.llama_n_ctx(pointer)
         self.n_threads: int = native.llama_n_threads(pointer)
         self.batch = Batch(n_batch)
@@ -263,7 +285,9 @@ class Context(_Handle):
     ) -> "Context":
         """A context of `n_ctx` cells, unified over `n_seq_max` sequences.
 
-        `on_tensor` sees each computed tensor that `wants_tensor` picked. Raises ModelLoadFailed.
+        `on_tensor` sees each computed tensor that `wants_tensor` picked; what it raises comes out of
+        `decode`. `n_outputs_max` bounds the logits of one call (None: all tokens may have some).
+        Raises ModelLoadFailed.
         """
         _log.lines.clear()
         parameters = native.llama_context_default_params()
@@ -274,19 +298,22 @@ class Context(_Handle):
         parameters.n_threads = parameters.n_threads_batch = n_threads or default_threads()
         parameters.type_k, parameters.type_v = KV_TYPES[type_k], KV_TYPES[type_v]
         parameters.kv_unified = True
+        parameters.swa_full = True  # else prefixes could not be shared or cut
         parameters.no_perf = True
-        keep: list[object] = []
+        watcher = None
         if on_tensor is not None:
-            keep.append(_eval_callback(wants_tensor or (lambda _: True), on_tensor))
-            parameters.cb_eval = keep[0]
+            watcher = _Watcher(wants_tensor or (lambda _: True), on_tensor)
+            parameters.cb_eval = watcher.callback
         pointer = native.llama_init_from_model(model.pointer, parameters)
         if not pointer:
             raise ModelLoadFailed(f"{model.path}: no context of {n_ctx} tokens: {_log.reason()}")
-        return cls(pointer, model, n_batch=n_batch, keep_alive=keep)
+        return cls(pointer, model, n_batch=n_batch, watcher=watcher)
 
     def decode(self) -> None:
-        """Run what lies in `batch`. Raises DecodeFailed; the KV memory is then as it was before."""
+        """Run what lies in `batch`. Raises DecodeFailed; cells of the batch's positions may be left then."""
         status = native.llama_decode(self.pointer, self.batch.native)
+        if self._watcher is not None:
+            self._watcher.raise_error()
         if status != 0:
             raise DecodeFailed(status)
 
@@ -311,10 +338,9 @@ class Context(_Handle):
 
     @property
     def can_share_prefixes(self) -> bool:
-        """False for recurrent and sliding-window memories, whose prefixes cannot be cut out again."""
+        """False for recurrent memories: their state cannot be cut back to a prefix."""
         model = self.model.pointer
-        recurrent = native.llama_model_is_recurrent(model) or native.llama_model_is_hybrid(model)
-        return not recurrent and native.llama_model_n_swa(model) == 0
+        return not (native.llama_model_is_recurrent(model) or native.llama_model_is_hybrid(model))
 
     def clear(self) -> None:
         """Forget everything."""
@@ -324,8 +350,8 @@ class Context(_Handle):
         """Use these LoRA adapters, and only these, from the next decode on."""
         pointers = (ctypes.c_void_p * len(adapters))(*[adapter.pointer for adapter, _ in adapters])
         scales = (ctypes.c_float * len(adapters))(*[scale for _, scale in adapters])
-        kind = ctypes.POINTER(ctypes.c_void_p)
-        if native.llama_set_adapters_lora(self.pointer, ctypes.cast(pointers, kind), len(adapters), scales):
+        array: Any = ctypes.cast(pointers, ctypes.POINTER(ctypes.c_void_p))
+        if native.llama_set_adapters_lora(self.pointer, array, len(adapters), scales):
             raise ModelLoadFailed(f"the LoRA adapters cannot be applied together: {_log.reason()}")
 
 
@@ -374,131 +400,23 @@ class Batch:
         native.llama_batch_free(self.native)
 
 
-class Chain(_Handle):
-    """A chain of llama.cpp's samplers, in the order they are added."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        parameters = native.llama_sampler_chain_default_params()
-        parameters.no_perf = True
-        self._model = model
-        self._chain = native.llama_sampler_chain_init(parameters)
-        self._stack.callback(native.llama_sampler_free, self._chain)
-
-    def _add(self, sampler: int) -> None:
-        native.llama_sampler_chain_add(self._chain, sampler)
-
-    def add_logit_bias(self, biases: Sequence[tuple[int, float]]) -> None:
-        array = (native.llama_logit_bias * len(biases))(*biases)
-        self._add(native.llama_sampler_init_logit_bias(self._model.n_vocab, len(biases), array))
-
-    def add_penalties(self, last_n: int, repeat: float, frequency: float, presence: float) -> None:
-        n_vocab = self._model.n_vocab
-        self._add(native.llama_sampler_init_penalties(n_vocab, last_n, repeat, frequency, presence))
-
-    def add_dry(
-        self, multiplier: float, base: float, allowed_length: int, last_n: int, breakers: Sequence[str]
-    ) -> None:
-        array = (ctypes.c_char_p * len(breakers))(*[breaker.encode() for breaker in breakers])
-        vocab = self._model.vocab
-        self._add(
-            native.llama_sampler_init_dry(
-                vocab, multiplier, base, allowed_length, last_n, array, len(breakers)
-            )
-        )
-
-    def add_cuts(self, *, top_k: int, typical_p: float, top_p: float, min_p: float) -> None:
-        """The samplers that drop unlikely tokens, each only if it does anything."""
-        if top_k > 0:
-            self._add(native.llama_sampler_init_top_k(top_k))
-        if typical_p < 1:
-            self._add(native.llama_sampler_init_typical(typical_p, 1))
-        if top_p < 1:
-            self._add(native.llama_sampler_init_top_p(top_p, 1))
-        if min_p > 0:
-            self._add(native.llama_sampler_init_min_p(min_p, 1))
-
-    def add_temperature(self, temperature: float) -> None:
-        self._add(native.llama_sampler_init_temp(temperature))
-
-    def add_draw(self, seed: int) -> None:
-        self._add(native.llama_sampler_init_dist(seed))
-
-    def add_greedy(self) -> None:
-        self._add(native.llama_sampler_init_greedy())
-
-    def sample(self, context: Context, index: int) -> int:
-        """Choose from the logits of batch entry `index`, and remember the choice."""
-        return native.llama_sampler_sample(self._chain, context.pointer, index)
-
-    def choose(self, logits: np.ndarray) -> int:
-        """Choose from (n_vocab,) logits without remembering it."""
-        candidates = Candidates(logits)
-        native.llama_sampler_apply(self._chain, ctypes.byref(candidates.native))
-        return candidates.chosen
-
-    def accept(self, token: int) -> None:
-        """Remember a token: penalties look back on it."""
-        native.llama_sampler_accept(self._chain, token)
-
-
-class Grammar(_Handle):
-    """A GBNF grammar and how far the text has come in it."""
-
-    def __init__(self, pointer: int) -> None:
-        super().__init__()
-        self._pointer = pointer
-        self._stack.callback(native.llama_sampler_free, pointer)
-
-    @classmethod
-    def parse(cls, model: Model, text: str) -> "Grammar | None":
-        """None when llama.cpp cannot parse it. Check nesting before: deep nesting crashes the parser."""
-        pointer = native.llama_sampler_init_grammar(model.vocab, text.encode(), b"root")
-        return cls(pointer) if pointer else None
-
-    def allows(self, token: int) -> bool:
-        """Whether the text may go on with this token."""
-        candidates = Candidates(np.zeros(1, np.float32), first=token)
-        native.llama_sampler_apply(self._pointer, ctypes.byref(candidates.native))
-        return bool(np.isfinite(candidates.values["logit"][0]))
-
-    def masked(self, logits: np.ndarray) -> np.ndarray:
-        """The logits with -inf at every token that the grammar forbids."""
-        candidates = Candidates(logits)
-        native.llama_sampler_apply(self._pointer, ctypes.byref(candidates.native))
-        return candidates.values["logit"].copy()
-
-    def accept(self, token: int) -> None:
-        native.llama_sampler_accept(self._pointer, token)
-
-
-class Candidates:
-    """llama_token_data_array over numpy memory: one entry a token, in order of ids from `first`."""
-
-    def __init__(self, logits: np.ndarray, *, first: int = 0) -> None:
-        self.values = np.empty(len(logits), [("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-        self.values["id"] = np.arange(first, first + len(logits))
-        self.values["logit"] = logits
-        self.values["p"] = 0
-        data = ctypes.cast(self.values.ctypes.data, native.llama_token_data_p)
-        self.native = native.llama_token_data_array(data, len(logits), -1, False)
-
-    @property
-    def chosen(self) -> int:
-        """The token that the last sampler selected."""
-        return self.native.data[self.native.selected].id
-
-
 def default_threads() -> int:
-    """Physical cores that this process may run on."""
+    """Physical cores that this process may use: its affinity and its control group's quota count."""
     import psutil
 
-    physical = psutil.cpu_count(logical=False) or 1
-    return max(1, min(physical, len(psutil.Process().cpu_affinity() or [0] * physical)))
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        allowed, period = quota.read_text().split()
+        if allowed != "max":
+            cores = min(cores, round(int(allowed) / int(period)))
+    return max(1, cores)
 
 
 def evaluate(context: Context, tokens: Sequence[int]) -> np.ndarray:
-    """(len(tokens), n_vocab) float32 logits of one sequence, from an empty KV memory, by chunks of n_batch."""
+    """(len(tokens), n_vocab) float32 logits of one sequence from an empty KV memory, in calls of n_batch."""
     if len(tokens) > context.n_ctx:
         raise ValueError(f"{len(tokens)} tokens do not fit a context of {context.n_ctx}")
     context.clear()
@@ -516,17 +434,29 @@ def evaluate(context: Context, tokens: Sequence[int]) -> np.ndarray:
     return result
 
 
-def _eval_callback(wants: Callable[[Tensor], bool], seen: Callable[[TensorView], None]) -> object:
+class _Watcher:
     """llama.cpp asks for every node of the graph (`ask`), then hands over those that were wanted."""
 
-    def callback(address: int, ask: bool, _data: object) -> bool:
-        tensor = Tensor.from_address(address)
-        if ask:
-            return wants(tensor)
-        seen(TensorView(tensor, _read_tensor))
-        return True
+    def __init__(self, wants: Callable[[Tensor], bool], seen: Callable[[TensorView], None]) -> None:
+        self._wants, self._seen = wants, seen
+        self._error: BaseException | None = None
+        self.callback = native.ggml_backend_sched_eval_callback(self._call)
 
-    return native.ggml_backend_sched_eval_callback(callback)
+    def _call(self, address: int, ask: bool, _data: object) -> bool:
+        try:
+            tensor = Tensor.from_address(address)
+            if ask:
+                return self._error is None and self._wants(tensor)
+            self._seen(TensorView(tensor, _read_tensor))
+        except BaseException as error:  # it must not cross native frames; `raise_error` brings it back
+            self._error = error
+        return self._error is None
+
+    def raise_error(self) -> None:
+        """Raise what a callback raised during the last call."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
 
 def _read_tensor(tensor: int, target: int, offset: int, size: int) -> None:

@@ -7,11 +7,28 @@ import secrets
 
 import numpy as np
 
-from engine.llama import Chain, Context, Grammar
-from engine.request import InvalidRequest, Sampling, TokenLogprob
+from engine.chain import Chain, Grammar
+from engine.llama import Context
+from engine.request import EngineError, InvalidRequest, Sampling, TokenLogprob
 
 DRY_BREAKERS = ("\n", ":", '"', "*")
 _SEEDS = 2**32 - 1  # llama.cpp keeps the largest 32-bit value to mean "choose one"
+
+
+class NoTokenAllowed(EngineError):
+    """The grammar allows no token of the vocabulary at this point."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "grammar: no token of this model can continue the text; loosen the grammar or lift logit biases"
+        )
+
+
+class NotANumber(EngineError):
+    """The model's output is NaN: a broken file, or a type that overflows on this hardware."""
+
+    def __init__(self) -> None:
+        super().__init__("the model computed NaN instead of logits: the file may be broken, pull it again")
 
 
 class Sampler:
@@ -35,11 +52,17 @@ class Sampler:
 
     def sample(self, index: int) -> int:
         """The next token, from the logits of batch entry `index`."""
+        logits = self._context.logits(index)
         if self._chain is None:
-            return int(self._context.logits(index).argmax())
+            token = int(logits.argmax())
+            if np.isnan(logits[token]):  # argmax finds a NaN first
+                raise NotANumber
+            return token
+        if np.isnan(logits[0]):  # NaN in one hidden value is NaN in every logit
+            raise NotANumber
         if self._grammar is None:
             return self._chain.sample(self._context, index)
-        return self._sample_in_grammar(index, self._chain, self._grammar)
+        return self._sample_in_grammar(logits, self._chain, self._grammar)
 
     def close(self) -> None:
         """Free the native samplers."""
@@ -48,12 +71,13 @@ class Sampler:
         if self._grammar is not None:
             self._grammar.close()
 
-    def _sample_in_grammar(self, index: int, chain: Chain, grammar: Grammar) -> int:
+    def _sample_in_grammar(self, logits: np.ndarray, chain: Chain, grammar: Grammar) -> int:
         """Sample freely and keep what the grammar allows; only else mask the whole vocabulary first."""
-        logits = self._context.logits(index)
         token = chain.choose(logits)
         if not grammar.allows(token):
             token = chain.choose(grammar.masked(logits))
+            if not grammar.allows(token):
+                raise NoTokenAllowed
         chain.accept(token)
         grammar.accept(token)
         return token
@@ -111,17 +135,19 @@ def _chain(context: Context, sampling: Sampling, biases: list[tuple[int, float]]
         chain.add_logit_bias([(t, float("-inf") if bias <= -100 else bias) for t, bias in biases])
     if sampling.repeat_last_n:
         chain.add_penalties(
-            sampling.repeat_last_n,
-            sampling.repeat_penalty,
-            sampling.frequency_penalty,
-            sampling.presence_penalty,
+            last_n=sampling.repeat_last_n,
+            repeat=sampling.repeat_penalty,
+            frequency=sampling.frequency_penalty,
+            presence=sampling.presence_penalty,
         )
     if sampling.dry_multiplier:
-        last_n = -1 if sampling.dry_penalty_last_n is None else sampling.dry_penalty_last_n
-        if last_n < 0:
-            last_n = context.n_ctx
+        last_n = sampling.dry_penalty_last_n
         chain.add_dry(
-            sampling.dry_multiplier, sampling.dry_base, sampling.dry_allowed_length, last_n, DRY_BREAKERS
+            multiplier=sampling.dry_multiplier,
+            base=sampling.dry_base,
+            allowed_length=sampling.dry_allowed_length,
+            last_n=context.n_ctx if last_n is None else last_n,
+            breakers=DRY_BREAKERS,
         )
     if sampling.temperature == 0:
         chain.add_greedy()
@@ -129,6 +155,6 @@ def _chain(context: Context, sampling: Sampling, biases: list[tuple[int, float]]
     chain.add_cuts(
         top_k=sampling.top_k, typical_p=sampling.typical_p, top_p=sampling.top_p, min_p=sampling.min_p
     )
-    chain.add_temperature(sampling.temperature)
-    chain.add_draw(secrets.randbelow(_SEEDS) if sampling.seed is None else sampling.seed % _SEEDS)
+    seed = secrets.randbelow(_SEEDS) if sampling.seed is None else sampling.seed % _SEEDS
+    chain.add_draw(temperature=sampling.temperature, seed=seed)
     return chain

@@ -12,7 +12,7 @@ import numpy as np
 OP_MUL_MAT, OP_MUL_MAT_ID, OP_GET_ROWS = 29, 30, 40
 TYPE_F32, TYPE_I32 = 0, 26
 
-#: Copies `size` bytes of a tensor's data (wherever it lives) into host memory: (tensor, target, offset, size).
+#: Copies `size` bytes of a tensor, wherever it lives, into host memory: (tensor, target, offset, size).
 Reader = Callable[[int, int, int, int], None]
 
 
