@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from engine.llama import Model
-from quantize.importance import EMBEDDING, Collector, collect
 from quantize.imatrix import Entry, ImportanceMatrix, InvalidMatrix
+from quantize.importance import EMBEDDING, Collector, collect
 
 GOLDEN = Path(__file__).parent / "golden"
 CHUNK = 256
@@ -59,7 +59,7 @@ def test_file_reads_back_and_has_the_layout_llama_quantize_wants(collected, tmp_
 
 
 def test_file_of_another_kind_is_refused(smollm2_gguf, tmp_path):
-    with pytest.raises(InvalidMatrix, match="general.type is 'model'|general.type is None"):
+    with pytest.raises(InvalidMatrix, match="general.type is"):
         ImportanceMatrix.read(smollm2_gguf)
     junk = tmp_path / "junk.gguf"
     junk.write_bytes(b"not a gguf at all, only text" * 10)

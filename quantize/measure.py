@@ -1,0 +1,134 @@
+"""Run models over held-out texts and compare what they predict.
+
+The source's log-probabilities lie on disk while candidates are measured, one sequence in memory at a time.
+Both run on the same backend with an f16 KV cache. The arithmetic is `quantize.divergence`'s.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engine.llama import Context, Model, evaluate
+from quantize.conversation import Conversation, Role
+from quantize.divergence import Divergence, TokenScores, log_softmax, score, summarise
+from quantize.errors import QuantizeError
+
+Progress = Callable[[int, int], None]  # tokens read, tokens in all
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A token sequence and the positions whose prediction is scored, each at least 1."""
+
+    tokens: tuple[int, ...]
+    positions: tuple[int, ...]
+
+    @property
+    def targets(self) -> np.ndarray:
+        return np.array([self.tokens[i] for i in self.positions])
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of the logits that predict the positions."""
+        return np.array(self.positions) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """Where models run; the same for the source and for every candidate."""
+
+    n_threads: int | None = None
+    n_gpu_layers: int | None = None
+
+
+class NoRoomForReference(QuantizeError):
+    """Too little disk for the source's predictions."""
+
+    def __init__(self, folder: Path, needed: int, free: int) -> None:
+        super().__init__(
+            f"the source's predictions need {needed / 1e6:.0f} MB below {folder} and {free / 1e6:.0f} MB are "
+            "free; lower --eval-tokens or choose another --out"
+        )
+
+
+def passages(conversations: Sequence[Conversation], role: Role) -> list[Passage]:
+    """The sequences with the tokens of one role scored. Of a plain text only the second half is, as
+    llama-perplexity does, so that every scored token has context."""
+    result = []
+    for conversation in conversations:
+        positions = [i for i in conversation.positions(role) if i > 0]
+        if role == "text":
+            positions = [i for i in positions if i >= len(conversation.tokens) // 2]
+        if positions:
+            result.append(Passage(conversation.tokens, tuple(positions)))
+    return result
+
+
+def write_reference(
+    source: Path, texts: Sequence[Passage], out: Path, *, backend: Backend, progress: Progress | None = None
+) -> None:
+    """Store the source's log-probabilities at every scored position, float32, at `out`."""
+    n_rows = sum(len(text.positions) for text in texts)
+    partial = out.with_name(f".{out.name}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _opened(source, texts, backend) as context, partial.open("wb") as file:
+            needed = 4 * n_rows * context.model.n_vocab
+            free = shutil.disk_usage(out.parent).free
+            if needed > free:
+                raise NoRoomForReference(out.parent, needed, free)
+            for text, logits in _logits(context, texts, progress):
+                file.write(log_softmax(logits[text.rows]).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def measure(
+    candidate: Path,
+    texts: Sequence[Passage],
+    reference: Path,
+    *,
+    backend: Backend,
+    progress: Progress | None = None,
+) -> Divergence:
+    """Compare a candidate with the stored reference over the same texts."""
+    scores: list[TokenScores] = []
+    start = 0
+    with _opened(candidate, texts, backend) as context:
+        n_vocab = context.model.n_vocab
+        stored = np.memmap(reference, np.float32, "r").reshape(-1, n_vocab)
+        for text, logits in _logits(context, texts, progress):
+            end = start + len(text.positions)
+            scores.append(score(stored[start:end], logits[text.rows], text.targets))
+            start = end
+    return summarise(scores)
+
+
+@contextmanager
+def _opened(path: Path, texts: Sequence[Passage], backend: Backend) -> Iterator[Context]:
+    longest = max(len(text.tokens) for text in texts)
+    with (
+        Model.open(path, n_gpu_layers=backend.n_gpu_layers) as model,
+        Context.open(model, n_ctx=longest, n_batch=min(longest, 512), n_threads=backend.n_threads) as context,
+    ):
+        yield context
+
+
+def _logits(
+    context: Context, texts: Sequence[Passage], progress: Progress | None
+) -> Iterator[tuple[Passage, np.ndarray]]:
+    """Each passage with its (tokens, n_vocab) logits."""
+    total, done = sum(len(text.tokens) for text in texts), 0
+    for text in texts:
+        yield text, evaluate(context, text.tokens)
+        done += len(text.tokens)
+        if progress:
+            progress(done, total)
