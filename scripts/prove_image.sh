@@ -44,7 +44,8 @@ if [ $# -eq 0 ]; then trap 'rm -rf "$work"' EXIT; fi
 builder() { buildah --root "$work/storage" --runroot "$work/run" --storage-driver vfs "$@"; }
 
 if [ ! -e "$work/base/.complete" ]; then
-  mirror=$(grep -rhoE 'https?://[^ ]+/debian/?( |$)' /etc/apt/sources.list /etc/apt/sources.list.d 2>/dev/null | head -n 1)
+  lists=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null || true)
+  mirror=$(grep -oE 'https?://[^ ]+/debian/?( |$)' <<<"$lists" | head -n 1)
   debootstrap --variant=minbase --include=ca-certificates bookworm "$work/base" "$mirror"
   cp /etc/apt/sources.list.d/* "$work/base/etc/apt/sources.list.d/" 2>/dev/null || cp /etc/apt/sources.list "$work/base/etc/apt/"
   cp -r /etc/apt/apt.conf.d/. "$work/base/etc/apt/apt.conf.d/"
@@ -58,7 +59,7 @@ if ! builder inspect --type image lq-base >/dev/null 2>&1; then
   builder commit --quiet --rm "$scratch" lq-base >/dev/null
 fi
 [ -d wheelhouse ] || make wheelhouse
-builder bud --isolation chroot --build-arg BASE=localhost/lq-base --tag lq-proof .
+builder bud --layers --isolation chroot --build-arg BASE=localhost/lq-base --tag lq-proof .
 
 container=$(builder from lq-proof)
 stop() { kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true; builder rm "$container" >/dev/null; }
