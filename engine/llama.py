@@ -366,37 +366,50 @@ class Adapter:
 
 
 class Batch:
-    """Tokens of one decode call, filled in place; at most one sequence an entry."""
+    """Tokens of one decode call, filled in place; each belongs to one sequence."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.native = native.llama_batch_init(capacity, 0, 1)
-        self._token, self._pos = self.native.token, self.native.pos
-        self._seq_id, self._n_seq_id, self._logits = (
-            self.native.seq_id,
-            self.native.n_seq_id,
-            self.native.logits,
-        )
-        for index in range(capacity):
-            self._n_seq_id[index] = 1
+        size = (capacity,)
+        self._tokens = np.ctypeslib.as_array(self.native.token, size)
+        self._positions = np.ctypeslib.as_array(self.native.pos, size)
+        self._outputs = np.ctypeslib.as_array(self.native.logits, size)
+        self._sequences = [np.ctypeslib.as_array(self.native.seq_id[i], (1,)) for i in range(capacity)]
+        np.ctypeslib.as_array(self.native.n_seq_id, size)[:] = 1
 
     def __len__(self) -> int:
         return self.native.n_tokens
 
     def clear(self) -> None:
+        """Start over."""
         self.native.n_tokens = 0
 
     def add(self, token: int, position: int, sequence: int, *, output: bool) -> int:
         """Append one token; returns its index, under which its logits are found if `output`."""
-        index = self.native.n_tokens
-        self._token[index] = token
-        self._pos[index] = position
-        self._seq_id[index][0] = sequence
-        self._logits[index] = output
-        self.native.n_tokens = index + 1
-        return index
+        return self.extend((token,), start=position, sequence=sequence, output=output)
+
+    def extend(self, tokens: Sequence[int], *, start: int, sequence: int, output: bool) -> int:
+        """Append consecutive tokens from position `start`; the index of the last, whose logits `output` asks.
+
+        The caller keeps within `capacity`.
+        """
+        first, end = self.native.n_tokens, self.native.n_tokens + len(tokens)
+        self._tokens[first:end] = tokens
+        self._positions[first:end] = range(start, start + len(tokens))
+        self._outputs[first:end] = 0
+        self._outputs[end - 1] = output
+        for cell in self._sequences[first:end]:
+            cell[0] = sequence
+        self.native.n_tokens = end
+        return end - 1
+
+    def want_all(self) -> None:
+        """Ask for the logits of every token."""
+        self._outputs[: len(self)] = 1
 
     def close(self) -> None:
+        """Free it; the arrays over it are not to be touched again."""
         native.llama_batch_free(self.native)
 
 
@@ -424,8 +437,8 @@ def evaluate(context: Context, tokens: Sequence[int]) -> np.ndarray:
     for start in range(0, len(tokens), context.n_batch):
         chunk = tokens[start : start + context.n_batch]
         context.batch.clear()
-        for offset, token in enumerate(chunk):
-            context.batch.add(token, start + offset, 0, output=True)
+        context.batch.extend(chunk, start=start, sequence=0, output=True)
+        context.batch.want_all()
         context.decode()
         pointer = native.llama_get_logits(context.pointer)
         rows = np.ctypeslib.as_array(pointer, shape=(len(chunk), context.model.n_vocab))

@@ -76,19 +76,15 @@ class Loop:
         return self.scheduler.idle
 
     def submit(self, id: Hashable, request: GenerationRequest) -> None:
-        """Queue a request. Raises InvalidRequest, ContextOverflow or QueueFull, and nothing is queued then."""
+        """Queue a request. Raises InvalidRequest, ContextOverflow or QueueFull; nothing is queued then."""
         request.validate()
         prompt = self._tokens(request)
         room = self.n_ctx - len(prompt)
         if room < 1:
             raise ContextOverflow(len(prompt), self.n_ctx)
-        waiting = len(self.scheduler.waiting)
-        if self.max_queue is not None and waiting >= max(1, self.max_queue):
-            raise QueueFull(waiting, retry_after_s=self._wait_s(waiting))
-        if request.logprobs is not None and request.logprobs > self.model.n_vocab:
-            raise InvalidRequest(
-                f"logprobs is {request.logprobs}; the vocabulary is smaller", field="logprobs"
-            )
+        waiting = self.scheduler.n_beyond_slots
+        if self.max_queue is not None and waiting >= self.max_queue:
+            raise QueueFull(waiting, retry_after_s=self._wait_s())
         sampler = Sampler(self.context, request.sampling, prompt=prompt, ignore_eos=request.ignore_eos)
         sequence = Sequence(id, prompt, min(room, request.max_tokens or room))
         self._writing[id] = _Writing(request, sequence, sampler, StopStrings(request.stop))
@@ -152,9 +148,9 @@ class Loop:
                 )
         return request.prompt
 
-    def _wait_s(self, waiting: int) -> float:
-        """A guess at when a place is free: the mean time of a request so far."""
-        finished = max(1, self.counters.requests_total - waiting - len(self.scheduler.running))
+    def _wait_s(self) -> float:
+        """A guess at when a place is free: the time of work that a finished request took, on average."""
+        finished = max(1, self.counters.requests_total - len(self._writing))
         return min(60.0, max(1.0, self.counters.busy_s / finished))
 
     def _place(self, sequence: Sequence, source: int, length: int, now_s: float) -> None:
@@ -170,42 +166,38 @@ class Loop:
     def _decode(self, plan: list[Chunk]) -> list[Output]:
         batch = self.context.batch
         batch.clear()
-        indices: list[int] = []
-        for chunk in plan:
-            slot, last = chunk.sequence.slot, len(chunk.tokens) - 1
-            assert slot is not None
-            for offset, token in enumerate(chunk.tokens):
-                output = chunk.samples and offset == last
-                index = batch.add(token, chunk.start + offset, slot, output=output)
-            indices.append(index)
+        last = [self._fill(chunk) for chunk in plan]
         try:
             self.context.decode()
         except DecodeFailed as error:
             return self._isolate(plan, error)
         outputs: list[Output] = []
-        for chunk, index in zip(plan, indices, strict=True):
+        for chunk, index in zip(plan, last, strict=True):
             self.scheduler.computed(chunk)
             if chunk.samples:
                 outputs += self._advance(self._writing[chunk.sequence.id], index)
         return outputs
 
+    def _fill(self, chunk: Chunk) -> int:
+        """Put a chunk into the batch; the index of its last token."""
+        assert chunk.sequence.slot is not None
+        return self.context.batch.extend(
+            chunk.tokens, start=chunk.start, sequence=chunk.sequence.slot, output=chunk.samples
+        )
+
     def _isolate(self, plan: list[Chunk], error: DecodeFailed) -> list[Output]:
         """A call failed: run its parts one by one, so that only the guilty sequences fail."""
+        if len(plan) == 1:
+            writing = self._writing[plan[0].sequence.id]
+            self._fail(writing)
+            return [(writing.sequence.id, error)]
         outputs: list[Output] = []
-        if len(plan) > 1:
-            for chunk in plan:
-                if chunk.sequence.id in self._writing:
-                    self._restore(chunk)
-                    outputs += self._decode([chunk])
-            return outputs
-        writing = self._writing[plan[0].sequence.id]
-        self._fail(writing)
-        return [(writing.sequence.id, error)]
-
-    def _restore(self, chunk: Chunk) -> None:
-        """Drop cells that a failed call may have left behind a sequence's computed tokens."""
-        assert chunk.sequence.slot is not None
-        self.context.remove(chunk.sequence.slot, chunk.start)
+        for chunk in plan:
+            assert chunk.sequence.slot is not None
+            self.context.remove(chunk.sequence.slot, chunk.start)  # what the failed call may have left
+        for chunk in plan:
+            outputs += self._decode([chunk])
+        return outputs
 
     def _advance(self, writing: _Writing, index: int) -> list[Output]:
         """Sample one token of a sequence and say what became of it."""
@@ -222,7 +214,7 @@ class Loop:
         goes_on = self.scheduler.wrote(sequence, token)
         if self.model.is_eog(token):
             return self._finish(writing, "stop", stop_token=token)
-        text = writing.stops.step(writing.decoder.step(self.model.piece(token)))
+        text = writing.stops.step(writing.decoder.step(self.model.written(token)))
         delta = (sequence.id, Delta(text, (token,), detail))
         if writing.stops.found is not None:
             return [delta, *self._finish(writing, "stop")]
@@ -237,9 +229,9 @@ class Loop:
     ) -> list[Output]:
         """The last outputs of a request: text that was held back, and Done."""
         sequence, now = writing.sequence, time.perf_counter()
-        held = writing.stops.step(writing.decoder.flush()) + writing.stops.flush()
+        held = writing.stops.flush()
         done = Done(
-            reason if writing.stops.found is None else "stop",
+            reason,
             n_prompt_tokens=len(sequence.prompt),
             n_completion_tokens=writing.n_completion,
             n_cached_tokens=sequence.n_cached,

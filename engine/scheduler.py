@@ -2,13 +2,13 @@
 
 Pure bookkeeping: no C calls, no text, no clock. The loop asks, the scheduler answers.
 
-A slot is one sequence id of the KV memory. It holds the tokens whose cells are computed, also after its request
-has ended, so that a later request can start from them. Memory can never run out: the KV cache has n_ctx cells a
-slot, and a sequence never grows past n_ctx.
+A slot is one sequence id of the KV memory. It holds the tokens whose cells are computed, also after its
+request has ended, so that a later request can start from them. Memory can never run out: the KV memory has
+n_ctx cells a slot, and no sequence grows past n_ctx.
 
-The policy: requests are admitted in order of arrival, each running sequence gets its one token in every call,
-and the rest of the call is filled with the oldest prompts. While others are decoding, a prompt chunk is at most
-`n_shared_chunk` tokens, so that a long prompt slows their streams but never stops them.
+The policy: requests are admitted in order of arrival, each running sequence gets its one token in every
+call, and the rest of the call is filled with the oldest prompts. While others are decoding, the prompt
+tokens of a call are at most `n_shared_chunk`, so that a long prompt slows their streams but never stops them.
 """
 
 from collections import deque
@@ -93,14 +93,21 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
+        """Whether there is nothing to do."""
         return not self.waiting and not self.running
+
+    @property
+    def n_beyond_slots(self) -> int:
+        """Waiting requests that no free slot will take at the next call."""
+        free = sum(slot.sequence is None for slot in self.slots)
+        return max(0, len(self.waiting) - free)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a request."""
         self.waiting.append(sequence)
 
     def admit(self) -> list[Admission]:
-        """Give free slots to waiting requests, oldest first, each with the longest prefix that any slot holds."""
+        """Give free slots to waiting requests, oldest first, each with the longest prefix any slot holds."""
         admissions = []
         while self.waiting and any(slot.sequence is None for slot in self.slots):
             admissions.append(self._place(self.waiting.popleft()))
@@ -113,7 +120,7 @@ class Scheduler:
         room = self.n_batch - len(chunks)
         if chunks:
             room = min(room, self.n_shared_chunk)
-        prefilling = sorted((s for s in running if not s.is_decoding), key=lambda s: self._age(s))
+        prefilling = sorted((s for s in running if not s.is_decoding), key=self._age)
         for sequence in prefilling:
             if room <= 0:
                 break

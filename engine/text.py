@@ -1,22 +1,20 @@
 """Bytes of tokens become text: whole UTF-8 characters only, and never a stop string or the start of one.
 
-Both are state machines with `step` (more input) and `flush` (no more comes).
+State machines: `step` takes more input and gives what can be shown. They know no tokens.
 """
 
 import codecs
 
 
 class Decoder:
-    """Incremental UTF-8; half a character waits for its other half."""
+    """Incremental UTF-8: half a character waits for its other half, and is dropped when that never comes."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def step(self, data: bytes) -> str:
+        """The whole characters that are there now; bytes that are no UTF-8 become U+FFFD."""
         return self._decoder.decode(data)
-
-    def flush(self) -> str:
-        return self._decoder.decode(b"", final=True)
 
 
 class StopStrings:
