@@ -63,8 +63,9 @@ def _check(chunk_tokens: int, overlap: int, window_tokens: int) -> None:
     if chunk_tokens < 2:
         raise InvalidChunking(f"chunk size {chunk_tokens} is too small: use 300 to 1000 tokens")
     if not 0 <= 2 * overlap < chunk_tokens:
+        most = (chunk_tokens - 1) // 2
         raise InvalidChunking(
-            f"overlap {overlap} does not fit chunks of {chunk_tokens} tokens: use 0 to {(chunk_tokens - 1) // 2}"
+            f"overlap {overlap} does not fit chunks of {chunk_tokens} tokens: use 0 to {most}"
         )
     if window_tokens < 1:
         raise InvalidChunking(f"an embedder of {window_tokens} tokens cannot read anything: use another one")

@@ -1,5 +1,6 @@
-"""Where a text may be cut, from the best place to the worst: headings, blocks, sentences, lines, words, tokens.
+"""Where a text may be cut, from the best place to the worst.
 
+Headings by level, then blocks, sentences, lines, words, tokens.
 Knows offsets and token spans. Sizes, overlap and what a piece is for are the caller's business.
 """
 
@@ -62,7 +63,7 @@ class Cuts:
         self.tokens = tokens
         self.headings = {heading.start for heading in document.headings}
         orphaning = {_body(document.text, heading.start) for heading in document.headings}
-        blocks = {*document.breaks, *(start for start, _ in document.pages), *_ends(_BLANK_LINE, self.text)}
+        blocks = {*document.breaks, *_ends(_BLANK_LINE, self.text)}
         strongest_first: list[Iterable[int]] = [
             (heading.start for heading in document.headings if heading.level == level)
             for level in range(1, 7)
@@ -72,7 +73,7 @@ class Cuts:
         self._sentences = sorted({*self._levels[-3], *self._levels[-2]})
 
     def best(self, start: int, end: int, *, least: int, limit: int) -> int:
-        """The end of a piece that begins at `start`: after `least` to `limit` tokens, at the strongest place."""
+        """The end of a piece from `start`: `least` to `limit` tokens on, at the strongest place."""
         first = self.tokens.first(start)
         latest = self.tokens.offset(first + limit, end=end)
         if latest >= end:

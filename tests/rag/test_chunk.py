@@ -1,5 +1,6 @@
 """Chunks cover the document, fit their sizes and are cut where a reader would cut."""
 
+import itertools
 import random
 import re
 
@@ -85,7 +86,7 @@ def test_every_token_is_in_a_chunk_and_a_window_and_all_sizes_hold(seed: int, by
 def test_neighbours_share_no_more_than_the_overlap(seed: int) -> None:
     document = random_document(seed)
     chunks = cut(document)
-    for before, after in zip(chunks, chunks[1:], strict=False):
+    for before, after in itertools.pairwise(chunks):
         shared = document.text[after.start : before.end]
         assert len([span for span in spans(shared) if span[1] - span[0] < 100]) <= 8
 
