@@ -6,7 +6,7 @@ Plain values that cross the process boundary. Nothing here knows llama.cpp, proc
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from engine.grammar import grammar_problem
 
@@ -14,7 +14,7 @@ MAX_STOP_STRINGS = 32
 MAX_STOP_CHARACTERS = 500
 MAX_LOGIT_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
-MAX_PROMPT_BYTES = 32 * 2**20
+MAX_PROMPT_CHARACTERS = 32 * 2**20
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -89,24 +89,26 @@ class Sampling:
     def validate(self) -> None:
         """Raise InvalidRequest for the first field out of range."""
         _within("temperature", self.temperature, 0, 100)
-        _within("top_k", self.top_k, 0, 2**31 - 1)
+        _whole("top_k", self.top_k, 0, 2**31 - 1)
         _within("top_p", self.top_p, 0, 1)
         _within("min_p", self.min_p, 0, 1)
         _within("typical_p", self.typical_p, 0, 1)
         _within("repeat_penalty", self.repeat_penalty, 0.01, 100)
-        _within("repeat_last_n", self.repeat_last_n, 0, 2**20)
+        _whole("repeat_last_n", self.repeat_last_n, 0, 2**20)
         _within("presence_penalty", self.presence_penalty, -100, 100)
         _within("frequency_penalty", self.frequency_penalty, -100, 100)
         _within("dry_multiplier", self.dry_multiplier, 0, 100)
         _within("dry_base", self.dry_base, 1, 100)
-        _within("dry_allowed_length", self.dry_allowed_length, 1, 2**20)
+        _whole("dry_allowed_length", self.dry_allowed_length, 1, 2**20)
         if self.dry_penalty_last_n is not None:
-            _within("dry_penalty_last_n", self.dry_penalty_last_n, 0, 2**20)
+            _whole("dry_penalty_last_n", self.dry_penalty_last_n, 0, 2**20)
         if self.seed is not None:
-            _within("seed", self.seed, -(2**63), 2**63 - 1)
+            _whole("seed", self.seed, -(2**63), 2**63 - 1)
         self._validate_biases()
-        if self.grammar is not None and (problem := grammar_problem(self.grammar)):
-            raise InvalidRequest(f"grammar: {problem}", field="grammar")
+        if self.grammar is not None:
+            _text("grammar", self.grammar)
+            if problem := grammar_problem(self.grammar):
+                raise InvalidRequest(f"grammar: {problem}", field="grammar")
 
     def _validate_biases(self) -> None:
         if len(self.logit_bias) > MAX_LOGIT_BIASES:
@@ -115,11 +117,11 @@ class Sampling:
                 field="logit_bias",
             )
         for token, bias in self.logit_bias:
-            if token < 0:
-                raise InvalidRequest(f"logit_bias: {token} is not a token id", field="logit_bias")
-            if not (math.isfinite(bias) or bias == -math.inf):
+            if not _is_token(token):
+                raise InvalidRequest(f"logit_bias: {token!r} is not a token id", field="logit_bias")
+            if not _is_number(bias) or not (math.isfinite(bias) or bias == -math.inf):
                 raise InvalidRequest(
-                    f"logit_bias of token {token} is {bias}; give a number, -100 to ban it",
+                    f"logit_bias of token {token} is {bias!r}; give a number, -100 to ban it",
                     field="logit_bias",
                 )
 
@@ -142,34 +144,42 @@ class GenerationRequest:
         self.sampling.validate()
         self._validate_prompt()
         if self.max_tokens is not None:
-            _within("max_tokens", self.max_tokens, 1, 2**31 - 1)
+            _whole("max_tokens", self.max_tokens, 1, 2**31 - 1)
         if self.logprobs is not None:
-            _within("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidRequest(
-                f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are taken", field="stop"
-            )
-        for text in self.stop:
-            if not 0 < len(text) <= MAX_STOP_CHARACTERS:
-                raise InvalidRequest(
-                    f"a stop string has {len(text)} characters; give 1 to {MAX_STOP_CHARACTERS}", field="stop"
-                )
+            _whole("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        for name in ("ignore_eos", "add_special", "parse_special"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise InvalidRequest(f"{name} is {value!r}; give true or false", field=name)
+        self._validate_stop()
         if self.ignore_eos and self.sampling.grammar is not None:
             raise InvalidRequest(
                 "ignore_eos cannot hold beside a grammar, which ends the text", field="ignore_eos"
             )
 
-    def _validate_prompt(self) -> None:
-        if isinstance(self.prompt, str):
-            if len(self.prompt) > MAX_PROMPT_BYTES:
+    def _validate_stop(self) -> None:
+        if not isinstance(self.stop, tuple | list) or len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequest(f"stop takes a list of at most {MAX_STOP_STRINGS} strings", field="stop")
+        for text in self.stop:
+            if not isinstance(text, str):
+                raise InvalidRequest(f"stop holds {text!r}; give strings", field="stop")
+            if not 0 < len(text) <= MAX_STOP_CHARACTERS:
                 raise InvalidRequest(
-                    f"the prompt has {len(self.prompt)} characters; at most {MAX_PROMPT_BYTES} are read",
-                    field="prompt",
+                    f"a stop string has {len(text)} characters; give 1 to {MAX_STOP_CHARACTERS}", field="stop"
                 )
-            if any("\ud800" <= c <= "\udfff" for c in self.prompt):
-                raise InvalidRequest("the prompt holds a lone surrogate: send valid Unicode", field="prompt")
-        elif not self.prompt:
-            raise InvalidRequest("the prompt has no tokens: give at least one", field="prompt")
+
+    def _validate_prompt(self) -> None:
+        if isinstance(self.prompt, tuple | list):
+            if not self.prompt:
+                raise InvalidRequest("the prompt has no tokens: give at least one", field="prompt")
+            if (wrong := next((t for t in self.prompt if not _is_token(t)), None)) is not None:
+                raise InvalidRequest(f"the prompt holds {wrong!r}, which is no token id", field="prompt")
+            return
+        _text("prompt", self.prompt)
+        if len(self.prompt) > MAX_PROMPT_CHARACTERS:
+            raise InvalidRequest(
+                f"the prompt has {len(self.prompt)} characters; at most {MAX_PROMPT_CHARACTERS} are read",
+                field="prompt",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,14 +235,18 @@ class EngineConfig:
 
     def validate(self) -> None:
         """Raise InvalidRequest for the first field out of range."""
-        _within("n_ctx", self.n_ctx, 16, 2**24)
-        _within("n_parallel", self.n_parallel, 1, MAX_SEQUENCES)
+        _whole("n_ctx", self.n_ctx, 16, 2**24)
+        _whole("n_parallel", self.n_parallel, 1, MAX_SEQUENCES)
         if self.n_threads is not None:
-            _within("n_threads", self.n_threads, 1, 512)
+            _whole("n_threads", self.n_threads, 1, 512)
         if self.n_gpu_layers is not None:
-            _within("n_gpu_layers", self.n_gpu_layers, 0, 10_000)
-        _within("n_batch", self.n_batch, 1, 2**16)
-        _within("max_queue", self.max_queue, 0, 2**20)
+            _whole("n_gpu_layers", self.n_gpu_layers, 0, 10_000)
+        _whole("n_batch", self.n_batch, 1, 2**16)
+        _whole("max_queue", self.max_queue, 0, 2**20)
+        for name, kind in (("kv_type_k", self.kv_type_k), ("kv_type_v", self.kv_type_v)):
+            if kind not in get_args(KVType):
+                known = ", ".join(get_args(KVType))
+                raise InvalidRequest(f"{name} is {kind!r}; give one of {known}", field=name)
         for path, scale in self.lora:
             _within(f"lora scale of {path}", scale, -100, 100)
 
@@ -282,6 +296,29 @@ class EngineStats:
     restarts_total: int = 0
 
 
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if not (isinstance(value, int | float) and low <= value <= high):  # NaN fails every comparison
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _within(name: str, value: Any, low: float, high: float) -> None:
+    if not (_is_number(value) and low <= value <= high):  # NaN fails every comparison
         raise InvalidRequest(f"{name} is {value!r}; give a number from {low} to {high}", field=name)
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> None:
+    if not (isinstance(value, int) and _is_number(value) and low <= value <= high):
+        raise InvalidRequest(f"{name} is {value!r}; give a whole number from {low} to {high}", field=name)
+
+
+def _text(name: str, value: Any) -> None:
+    """Raise InvalidRequest for what no C string of UTF-8 can be made of."""
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{name} is of type {type(value).__name__}; give a text", field=name)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"the {name} holds a lone surrogate: send valid Unicode", field=name) from None
