@@ -146,7 +146,7 @@ class Loop:
                     f"the prompt holds token {token}; this vocabulary ends at {self.model.n_vocab - 1}",
                     field="prompt",
                 )
-        return request.prompt
+        return tuple(request.prompt)
 
     def _wait_s(self) -> float:
         """A guess at when a place is free: the time of work that a finished request took, on average."""

@@ -9,13 +9,14 @@ n_ctx cells a slot, and no sequence grows past n_ctx.
 The policy: requests are admitted in order of arrival, each running sequence gets its one token in every
 call, and the rest of the call is filled with the oldest prompts. While others are decoding, the prompt
 tokens of a call are at most `n_shared_chunk`, so that a long prompt slows their streams but never stops them.
+Of prompts that begin alike, the oldest computes the common part; the others wait for it and share its cells.
 """
 
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from engine.prefix import longest_match
+from engine.prefix import Match, common_prefix, longest_match
 
 
 @dataclass(eq=False, slots=True)
@@ -29,6 +30,8 @@ class Sequence:
     n_computed: int = 0  # tokens of prompt + written that have cells
     n_cached: int = 0  # of the prompt, found in the cache at admission
     slot: int | None = None
+    leader: "Sequence | None" = None  # computes the first n_shared tokens of this prompt
+    n_shared: int = 0
 
     @property
     def n_tokens(self) -> int:
@@ -47,7 +50,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Put a sequence into its slot: keep `length` tokens, taken from slot `source`, and forget the rest."""
+    """Begin a sequence's slot with `length` tokens of slot `source`, and forget all else it holds."""
 
     sequence: Sequence
     source: int
@@ -77,11 +80,23 @@ class Scheduler:
     """Waiting requests, running sequences and what the slots remember."""
 
     def __init__(
-        self, *, n_slots: int, n_batch: int, n_shared_chunk: int | None = None, share_prefixes: bool = True
+        self,
+        *,
+        n_slots: int,
+        n_batch: int,
+        n_shared_chunk: int | None = None,
+        share_prefixes: bool = True,
+        n_window: int = 0,
     ) -> None:
+        """`n_window`: the tokens that attention looks back on in some layers; 0 for all.
+
+        Cells that a sequence's window has left behind may be overwritten, so that only what reaches to
+        the end of a slot, or a slot shorter than the window, can be shared.
+        """
         self.n_batch = n_batch
         self.n_shared_chunk = n_shared_chunk or max(1, n_batch // 4)
         self.share_prefixes = share_prefixes
+        self.n_window = n_window
         self.waiting: deque[Sequence] = deque()
         self.slots = [Slot() for _ in range(n_slots)]
         self._turn = 0
@@ -107,8 +122,8 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def admit(self) -> list[Admission]:
-        """Give free slots to waiting requests, oldest first, each with the longest prefix any slot holds."""
-        admissions = []
+        """Give free slots to waiting requests, oldest first; let followers have what was computed for them."""
+        admissions = [self._join(each) for each in self._by_age() if each.leader and self._may_join(each)]
         while self.waiting and any(slot.sequence is None for slot in self.slots):
             admissions.append(self._place(self.waiting.popleft()))
         return admissions
@@ -120,10 +135,11 @@ class Scheduler:
         room = self.n_batch - len(chunks)
         if chunks:
             room = min(room, self.n_shared_chunk)
-        prefilling = sorted((s for s in running if not s.is_decoding), key=self._age)
-        for sequence in prefilling:
+        for sequence in self._by_age():
             if room <= 0:
                 break
+            if sequence.is_decoding or sequence.leader:
+                continue
             chunk = self._chunk(sequence, room)
             chunks.append(chunk)
             room -= len(chunk.tokens)
@@ -148,15 +164,16 @@ class Scheduler:
         slot = self._slot(sequence)
         slot.sequence = None
         sequence.slot = None
-        if forget:
+        if forget or not self.share_prefixes:
             slot.tokens.clear()
 
     def _slot(self, sequence: Sequence) -> Slot:
         assert sequence.slot is not None
         return self.slots[sequence.slot]
 
-    def _age(self, sequence: Sequence) -> int:
-        return self._slot(sequence).last_used
+    def _by_age(self) -> list[Sequence]:
+        """Running sequences, the first admitted first."""
+        return sorted(self.running, key=lambda sequence: self._slot(sequence).last_used)
 
     def _chunk(self, sequence: Sequence, limit: int) -> Chunk:
         tokens = sequence.pending(limit)
@@ -166,19 +183,64 @@ class Scheduler:
     def _place(self, sequence: Sequence) -> Admission:
         """Choose the slot: the idle one that holds the match, else the one whose tokens are worth least."""
         free = [index for index, slot in enumerate(self.slots) if slot.sequence is None]
-        match = None
-        if self.share_prefixes:
-            usable = sequence.prompt[:-1]  # the last token must be computed: its logits are needed
-            match = longest_match(usable, {i: tuple(slot.tokens) for i, slot in enumerate(self.slots)})
+        match = self._match(sequence)
         length = match.length if match else 0
         target = self._target(free, match.slot if match else None, length)
-        source = match.slot if match else target
-        slot = self.slots[target]
         self._turn += 1
-        slot.sequence, slot.last_used = sequence, self._turn
-        slot.tokens = list(sequence.prompt[:length])
-        sequence.slot, sequence.n_computed, sequence.n_cached = target, length, length
+        slot = self.slots[target]
+        slot.sequence, slot.last_used, sequence.slot = sequence, self._turn, target
+        self._follow(sequence, length)
+        return self._begin(sequence, match)
+
+    def _begin(self, sequence: Sequence, match: Match | None) -> Admission:
+        """Record that the slot holds what it shares, and nothing else."""
+        assert sequence.slot is not None
+        source, length = (match.slot, match.length) if match else (sequence.slot, 0)
+        self._slot(sequence).tokens = list(sequence.prompt[:length])
+        sequence.n_computed = sequence.n_cached = length
         return Admission(sequence, source, length)
+
+    def _match(self, sequence: Sequence) -> Match | None:
+        """The longest prefix that a slot holds, less the prompt's last token: its logits are needed."""
+        if not self.share_prefixes:
+            return None
+        held = {index: tuple(slot.tokens) for index, slot in enumerate(self.slots) if slot.tokens}
+        if self.n_window:
+            n_usable = len(sequence.prompt) - 1
+            held = {
+                index: tokens
+                for index, tokens in held.items()
+                if len(tokens) < self.n_window
+                or (len(tokens) <= n_usable and sequence.prompt[: len(tokens)] == tokens)
+            }
+        return longest_match(sequence.prompt[:-1], held)
+
+    def _follow(self, sequence: Sequence, length: int) -> None:
+        """Find an older prompt, still being computed, that begins like this one for more than `length` tokens."""
+        sequence.leader, sequence.n_shared = None, length
+        if not self.share_prefixes or self.n_window:
+            return
+        for older in self._by_age():
+            if older is sequence:
+                return
+            if older.leader is None and not older.is_decoding:
+                shared = common_prefix(sequence.prompt[:-1], older.prompt)
+                if shared > sequence.n_shared:
+                    sequence.leader, sequence.n_shared = older, shared
+
+    def _may_join(self, sequence: Sequence) -> bool:
+        """Whether the leader has computed the common part, or has ended before."""
+        leader = sequence.leader
+        return leader is not None and (leader.slot is None or leader.n_computed >= sequence.n_shared)
+
+    def _join(self, sequence: Sequence) -> Admission:
+        """Take what there is now, and look for the next leader should some still be computed."""
+        match = self._match(sequence)
+        if match is None or match.length < sequence.n_computed:
+            assert sequence.slot is not None
+            match = Match(sequence.slot, sequence.n_computed)
+        self._follow(sequence, match.length)
+        return self._begin(sequence, match)
 
     def _target(self, free: list[int], match: int | None, length: int) -> int:
         if match in free and 2 * length >= len(self.slots[match].tokens):

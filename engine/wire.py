@@ -82,14 +82,15 @@ class Answer:
     """Of Tokenize, Detokenize, AskStats."""
 
     id: int
-    value: list[int] | str | EngineStats | Failure
+    value: list[int] | str | EngineStats
 
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Everything that one step gave."""
+    """Everything that one step gave; with a snapshot when a request ended."""
 
     items: list[tuple[int, Event | Failure]]
+    stats: EngineStats | None = None
 
 
 Command = Start | Submit | Cancel | Tokenize | Detokenize | AskStats

@@ -13,8 +13,8 @@ from contextlib import ExitStack
 
 from engine import wire
 from engine.llama import Adapter, Context, Model, gpu_name
-from engine.loop import Loop
-from engine.request import EngineConfig, EngineError, EngineInfo
+from engine.loop import Loop, Output
+from engine.request import Delta, EngineConfig, EngineError, EngineInfo, Event, ModelLoadFailed
 
 
 class ClientGone(Exception):
@@ -63,6 +63,8 @@ class Channel:
 def load(config: EngineConfig, stack: ExitStack) -> tuple[Loop, EngineInfo]:
     """Model, context and adapters as configured; freed when `stack` closes."""
     model = stack.enter_context(Model.open(config.model_path, n_gpu_layers=config.n_gpu_layers))
+    if not model.writes_text:
+        raise ModelLoadFailed(f"{config.model_path}: {model.description} does not write text")
     context = stack.enter_context(
         Context.open(
             model,
@@ -77,9 +79,18 @@ def load(config: EngineConfig, stack: ExitStack) -> tuple[Loop, EngineInfo]:
     )
     if config.lora:
         context.apply([(Adapter(model, path), scale) for path, scale in config.lora])
+    warm_up(context)
     loop = Loop(model, context, n_ctx=config.n_ctx, n_parallel=config.n_parallel, max_queue=config.max_queue)
     stack.callback(loop.close)
     return loop, describe(config, model, context)
+
+
+def warm_up(context: Context) -> None:
+    """One token through the model, so that the first request finds its weights in memory."""
+    context.batch.clear()
+    context.batch.add(max(0, context.model.bos_id or 0), 0, 0, output=True)
+    context.decode()
+    context.clear()
 
 
 def describe(config: EngineConfig, model: Model, context: Context) -> EngineInfo:
@@ -142,11 +153,18 @@ def run(channel: Channel) -> None:
                 handle(command, loop, channel)
             outputs = loop.step()
             if outputs:
-                items = [
-                    (id, wire.Failure.of(event) if isinstance(event, EngineError) else event)
-                    for id, event in outputs
-                ]
-                channel.send(wire.Outputs(items))  # type: ignore[arg-type]
+                channel.send(bundle(outputs, loop))
+
+
+def bundle(outputs: list[Output], loop: Loop) -> wire.Outputs:
+    """One message a step."""
+    items: list[tuple[int, Event | wire.Failure]] = []
+    ended = False
+    for id, event in outputs:
+        assert isinstance(id, int)
+        ended = ended or not isinstance(event, Delta)
+        items.append((id, wire.Failure.of(event) if isinstance(event, EngineError) else event))
+    return wire.Outputs(items, loop.stats() if ended else None)
 
 
 def main() -> None:

@@ -1,0 +1,118 @@
+"""One run of the engine's process: start it, talk to it in frames, learn how it ended.
+
+It runs `python -m engine.worker` with one end of a socket pair; when either side goes, the other sees it.
+Restarts and requests are client.py's.
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+from pathlib import Path
+
+from engine import wire
+from engine.request import EngineConfig, EngineInfo, ModelLoadFailed
+
+STOP_S = 5.0  # the process gets this long to end by itself
+_STDERR_KEPT = 4000  # bytes of the process's last words
+
+
+class ProcessEnded(Exception):
+    """The process closed its end of the socket."""
+
+
+class Process:
+    """A running worker with its model loaded; made by `launch`."""
+
+    def __init__(self, child: asyncio.subprocess.Process) -> None:
+        self._child = child
+        self._last_words = b""
+        self._listener = asyncio.create_task(self._listen())
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    @classmethod
+    async def launch(cls, config: EngineConfig) -> tuple["Process", EngineInfo]:
+        """Start a process and wait until its model is loaded. Raises ModelLoadFailed."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = cls(await _spawn(theirs))
+        try:
+            process._reader, process._writer = await asyncio.open_connection(sock=ours)
+            process.send(wire.Start(config))
+            reply = await process.receive()
+        except ProcessEnded:
+            await process.stop()
+            raise ModelLoadFailed(f"{config.model_path}: {process.obituary()}") from None
+        except BaseException:
+            process.kill()
+            await process.stop()
+            raise
+        if isinstance(reply, wire.Failure):
+            await process.stop()
+            raise reply.error()
+        assert isinstance(reply, wire.Ready)
+        return process, reply.info
+
+    @property
+    def pid(self) -> int | None:
+        """None once it has ended."""
+        return self._child.pid if self._child.returncode is None else None
+
+    def send(self, command: wire.Command) -> None:
+        """Queue a message; one to a process that ended is lost."""
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(wire.frame(command))
+
+    async def receive(self) -> wire.Reply:
+        """The next message. Raises ProcessEnded."""
+        assert self._reader is not None
+        try:
+            (size,) = wire.HEADER.unpack(await self._reader.readexactly(wire.HEADER.size))
+            return wire.message(await self._reader.readexactly(size))
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            raise ProcessEnded from error
+
+    def kill(self) -> None:
+        """End it now."""
+        with contextlib.suppress(ProcessLookupError):
+            self._child.kill()
+
+    async def stop(self) -> None:
+        """Close the socket, upon which it ends by itself; wait, and kill it when it does not."""
+        if self._writer is not None:
+            self._writer.close()
+        try:
+            await asyncio.wait_for(self._child.wait(), STOP_S)
+        except TimeoutError:
+            self.kill()
+            await self._child.wait()
+        await self._listener
+
+    def obituary(self) -> str:
+        """How the process ended, in one line."""
+        code = self._child.returncode
+        how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        lines = self._last_words.decode("utf-8", "replace").strip().splitlines()
+        return f"its process ended ({how}){': ' + lines[-1] if lines else ''}"
+
+    async def _listen(self) -> None:
+        """Keep the process's last words, such as a failed assertion in native code."""
+        assert self._child.stderr is not None
+        while data := await self._child.stderr.read(4096):
+            self._last_words = (self._last_words + data)[-_STDERR_KEPT:]
+
+
+async def _spawn(theirs: socket.socket) -> asyncio.subprocess.Process:
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "engine.worker", str(theirs.fileno()),
+        pass_fds=[theirs.fileno()],
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"},
+        start_new_session=True,  # Ctrl-C in the terminal is for the server, which then closes us
+    )  # fmt: skip
