@@ -1,0 +1,238 @@
+"""Every way a folder may describe its tokenizer ends in the right GGUF keys."""
+
+import json
+import shutil
+import struct
+
+import pytest
+from gguf import TokenType
+
+from quantize.convert import convert
+from quantize.general import fitting_name
+from quantize.pretokenizer import UnknownPretokenizer
+from quantize.sentencepiece_model import InvalidSentencePiece, read_sentencepiece
+from quantize.special_tokens import UnsupportedTemplate
+from quantize.vocabulary import read_vocabulary
+
+
+@pytest.fixture
+def folder(tokenizer_dir, tmp_path):
+    """A function: a copy of a real tokenizer's folder, free to be changed."""
+    return lambda name: shutil.copytree(tokenizer_dir(name), tmp_path / name)
+
+
+def change(path, **values):
+    """Change keys of a JSON file, made where there is none."""
+    found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**found, **values}, ensure_ascii=False), "utf-8")
+
+
+def read(path, *, n_vocab=32_000, **options):
+    return read_vocabulary(path, n_vocab=n_vocab, config={}, **options)
+
+
+def types_of(vocabulary, *texts):
+    found = {piece.text: TokenType(piece.type).name for piece in vocabulary.pieces}
+    return [found[text] for text in texts]
+
+
+def message(number, data):
+    """A length-delimited protobuf field."""
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def varint(value):
+    out = b""
+    while value > 127:
+        out, value = out + bytes([value & 127 | 128]), value >> 7
+    return out + bytes([value])
+
+
+def number(field, value):
+    return varint(field << 3) + varint(value)
+
+
+def sentencepiece_model(pieces, *, algorithm=2, prefix=1):
+    """The bytes of a tokenizer.model."""
+    data = b""
+    for text, score, kind in pieces:
+        piece = message(1, text.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score) + number(3, kind)
+        data += message(1, piece)
+    return data + message(2, number(3, algorithm)) + message(3, message(1, b"identity") + number(3, prefix))
+
+
+PIECES = [("<unk>", 0, 2), ("<s>", 0, 3), ("</s>", 0, 3), ("<0x0A>", 0, 6), ("▁a", -1.5, 1), ("가", -2, 1)]
+
+
+def test_tokenizer_model_is_read_without_sentencepiece(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model([*PIECES, ("[X]", 0, 4)], prefix=0))
+    vocabulary = read(tmp_path, n_vocab=10)
+    assert [piece.text for piece in vocabulary.pieces][4:8] == ["▁a", "가", "[X]", "[PAD7]"]
+    assert [piece.score for piece in vocabulary.pieces][4:6] == [-1.5, -2.0]
+    assert types_of(vocabulary, "<unk>", "</s>", "<0x0A>", "가", "[X]", "[PAD9]") == [
+        "UNKNOWN",
+        "CONTROL",
+        "BYTE",
+        "NORMAL",
+        "USER_DEFINED",
+        "UNUSED",
+    ]
+    assert (vocabulary.model, vocabulary.pre, vocabulary.adds_space_prefix) == ("llama", "default", False)
+
+
+def test_tokenizer_model_and_tokenizer_json_give_the_same_vocabulary(folder):
+    path = folder("llama2")
+    alone = read(path)
+    pieces = [(piece.text, piece.score, min(int(piece.type), 6)) for piece in alone.pieces]
+    (path / "tokenizer.model").write_bytes(sentencepiece_model(pieces))
+    assert read(path).pieces == alone.pieces
+
+
+def test_scores_follow_the_order_of_the_merges(tokenizer_dir):
+    vocabulary = read(tokenizer_dir("llama2"))
+    texts = [piece.text for piece in vocabulary.pieces]
+    assert texts[261:264] == ["▁t", "in", "er"]
+    assert [vocabulary.pieces[texts.index(text)].score for text in ("▁t", "in", "er")] == [0.0, -1.0, -2.0]
+    assert vocabulary.pieces[texts.index("가")].score < vocabulary.pieces[texts.index("▁▁")].score
+    assert types_of(vocabulary, "<0x00>", "<unk>", "</s>", "▁the") == ["BYTE", "CONTROL", "CONTROL", "NORMAL"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda data: data[:-3], "no SentencePiece model"),
+        (lambda _: b"\xff" * 40, "no SentencePiece model"),
+        (lambda _: b"", "no pieces"),
+        (lambda _: sentencepiece_model(PIECES, algorithm=1), "model type 1"),
+        (lambda _: b"IQ== 0\nIg== 1\n", "no SentencePiece model|no pieces"),
+    ],
+)
+def test_damaged_or_foreign_tokenizer_model_is_refused(damage, problem, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(damage(sentencepiece_model(PIECES)))
+    with pytest.raises(InvalidSentencePiece, match=problem):
+        read_sentencepiece(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_vocab", "pre", "adds_bos"),
+    [
+        ("llama3", 128_256, "smaug-bpe", False),  # llama.cpp's name for Llama 3 without a first token
+        ("llama3_2", 128_256, "llama-bpe", True),
+        ("qwen2_5", 151_936, "qwen2", False),
+        ("qwen3", 151_936, "qwen2", False),
+        ("mistral_nemo", 131_072, "tekken", True),
+    ],
+)
+def test_splitting_rule_and_first_token_of_real_tokenizers(name, n_vocab, pre, adds_bos, tokenizer_dir):
+    vocabulary = read(tokenizer_dir(name), n_vocab=n_vocab)
+    assert (vocabulary.pre, vocabulary.special.adds_bos, vocabulary.special.adds_eos) == (
+        pre,
+        adds_bos,
+        False,
+    )
+    assert len(vocabulary.pieces) == n_vocab
+
+
+def test_rule_is_recognised_when_the_vocabulary_is_not(folder):
+    """A tokenizer with other ids has another hash and the same rule."""
+    path = folder("qwen2_5")
+    text = (path / "tokenizer.json").read_text("utf-8")
+    spec = json.loads(text)
+    vocab = spec["model"]["vocab"]
+    vocab["3"], vocab["4"] = vocab["4"], vocab["3"]
+    (path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    assert read(path, n_vocab=151_936).pre == "qwen2"
+
+
+def test_unknown_rule_is_refused_and_pre_names_it(folder):
+    path = folder("qwen2_5")
+    rule = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    change(path / "tokenizer.json", pre_tokenizer=rule)
+    with pytest.raises(UnknownPretokenizer, match="--pre qwen9 is no rule"):
+        read(path, n_vocab=151_936, pre="qwen9")
+
+
+def test_added_tokens_are_control_or_user_defined(tokenizer_dir):
+    qwen = read(tokenizer_dir("qwen3"), n_vocab=151_936)
+    assert types_of(qwen, "<|im_end|>", "<think>", "<|fim_pad|>", "hello", "[PAD151935]") == [
+        "CONTROL",
+        "USER_DEFINED",
+        "CONTROL",
+        "NORMAL",
+        "UNUSED",
+    ]
+
+
+def test_stop_tokens_that_llama_cpp_does_not_know_by_name_become_turn_ends(folder):
+    path = folder("llama2")
+    change(path / "generation_config.json", eos_token_id=[2, 300, 301])
+    ids = read(path).special.ids
+    assert (ids["eos"], ids["eot"], ids["eom"]) == (2, 300, 301)
+
+
+def test_stop_tokens_that_llama_cpp_knows_need_no_key(folder):
+    path = folder("llama3_2")
+    change(path / "generation_config.json", eos_token_id=[128_001, 128_008, 128_009])
+    ids = read(path, n_vocab=128_256).special.ids
+    assert ids["eos"] == 128_009
+    assert not {"eot", "eom"} & ids.keys()
+
+
+def test_template_that_adds_an_end_token_says_so(folder):
+    path = folder("llama2")
+    spec = json.loads((path / "tokenizer.json").read_text("utf-8"))
+    end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    spec["post_processor"]["single"].append(end)
+    spec["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+    change(path / "tokenizer.json", post_processor=spec["post_processor"])
+    special = read(path).special
+    assert (special.adds_bos, special.adds_eos, special.ids["eos"]) == (True, True, 2)
+    spec["post_processor"]["single"].append(end)
+    change(path / "tokenizer.json", post_processor=spec["post_processor"])
+    with pytest.raises(UnsupportedTemplate, match="one before and one after"):
+        read(path)
+
+
+def test_chat_template_is_found_in_each_of_its_places(folder):
+    path = folder("llama2")
+    assert read(path).chat_template is None
+    change(path / "tokenizer_config.json", chat_template="from config")
+    assert read(path).chat_template == "from config"
+    change(path / "chat_template.json", chat_template="from json")
+    assert read(path).chat_template == "from json"
+    (path / "chat_template.jinja").write_text("from jinja")
+    assert read(path).chat_template == "from jinja"
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    assert [one["name"] for one in read(path).chat_template or []] == ["default", "tool_use"]
+
+
+def test_tokens_beyond_the_embedding_are_left_out_and_noted(folder):
+    path = folder("llama2")
+    change(path / "added_tokens.json", **{"[EXTRA]": 32_000})
+    vocabulary = read(path)
+    assert len(vocabulary.pieces) == 32_000
+    assert vocabulary.notes == (
+        "1 tokens have no row among the embedding's 32000 and are left out: '[EXTRA]'",
+    )
+    assert read(path, foreign=frozenset({"[EXTRA]"})).notes == ()
+    assert read(path, n_vocab=32_001).pieces[32_000].text == "[EXTRA]"
+
+
+def test_phi3_gets_the_name_by_which_llama_cpp_strips_spaces(phi3_tokenizer, tokenizer_dir):
+    phi = read(phi3_tokenizer, n_vocab=32_064)
+    assert fitting_name("My Model", phi) == "Phi-3 My Model"
+    assert fitting_name("phi-3-mini", phi) == "phi-3-mini"
+    assert fitting_name("Not phi3 at all", read(tokenizer_dir("llama2"))) == "Not phi 3 at all"
+
+
+def test_general_keys_name_the_model_and_its_licence(checkpoint, tmp_path):
+    folder = checkpoint.rename(tmp_path / "Tiny-Llama-8M-Instruct")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [ko, en]\n---\n# Tiny\n")
+    metadata = convert(folder, tmp_path / "out.gguf").metadata
+    assert metadata["general.name"] == "Tiny Llama 8M Instruct"
+    assert metadata["general.license"] == "apache-2.0"
+    assert metadata["general.type"] == "model"
+    assert metadata["general.quantization_version"] == 2
+    assert metadata["general.size_label"]
