@@ -12,8 +12,8 @@ from rag.parse.encoding import decode
 
 _DROPPED_NAMES = "script style nav noscript template svg iframe object form button select"
 _BLOCK_NAMES = """
-address article aside blockquote body caption center dd details dialog div dl dt fieldset figcaption figure footer
-header hgroup hr html li main ol p pre search section summary table tbody td tfoot th thead tr ul
+address article aside blockquote body caption center dd details dialog div dl dt fieldset figcaption figure
+footer header hgroup hr html li main ol p pre search section summary table tbody td tfoot th thead tr ul
 """
 _DROPPED = _DROPPED_NAMES.split()
 _HEADINGS = frozenset(f"h{level}" for level in range(1, 7))
