@@ -5,12 +5,15 @@ Owns the cut of the rendered template into before, between and after. Refuses to
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from engine.chat import open_user_turn, render_chat
 from quantize.errors import QuantizeError
 
 QUESTION = "lq-question-stands-here"
 ANSWER = "lq-answer-stands-here"
+QUESTION_TURN = {"role": "user", "content": QUESTION}
+ANSWER_TURN = {"role": "assistant", "content": ANSWER}
 
 #: Text -> token ids, special tokens in the text becoming those tokens, nothing added.
 Tokenize = Callable[[str], list[int]]
@@ -36,11 +39,10 @@ class Frame:
         cls, template: str, tokenize: Tokenize, *, bos_token: str, eos_token: str, add_bos: int | None
     ) -> "Frame":
         """Cut `template`; `add_bos` is put first where the model wants it and the template lacks it."""
-        names = {"bos_token": bos_token, "eos_token": eos_token}
-        opening = open_user_turn(template, **names)
-        asked = render_chat(template, [{"role": "user", "content": QUESTION}], **names)
-        turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
-        answered = render_chat(template, turns, **names, add_generation_prompt=False)
+        opening = open_user_turn(template, bos_token=bos_token, eos_token=eos_token)
+        render = partial(render_chat, template, bos_token=bos_token, eos_token=eos_token)
+        asked = render([QUESTION_TURN])
+        answered = render([QUESTION_TURN, ANSWER_TURN], add_generation_prompt=False)
         if not asked.startswith(opening + QUESTION):
             raise UnusableTemplate("it changes the text before the user's turn when an answer is asked for")
         if ANSWER not in answered:

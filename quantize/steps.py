@@ -23,7 +23,7 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One piece of work. `make` writes `outputs` (each whole or not at all) and returns facts for the report."""
+    """One piece of work. `make` writes `outputs` (each whole or not at all); it returns facts."""
 
     name: str
     make: Callable[[], Facts]

@@ -111,18 +111,23 @@ def call(order: Order, importance: Mapping[str, np.ndarray], log: Callable[[int,
         params.token_embedding_type = order.token_embedding_type
     alive: list[object] = [callback]  # what C holds pointers to, until the call returns
     if importance:
-        params.imatrix = _matrix_array(importance, alive)
-        params.kv_overrides = _metadata_array(order, importance, alive)
+        params.imatrix = _first(_matrix_array(importance, alive))
+        params.kv_overrides = _first(_metadata_array(order, importance, alive))
     if order.overrides:
         rows = [(pattern.encode(), kind) for pattern, kind in order.overrides]
         array = (llama_cpp.llama_model_tensor_override * (len(rows) + 1))(*rows, (None, 0))
-        params.tt_overrides = array
+        params.tt_overrides = _first(array)
         alive.append(array)
     code = llama_cpp.llama_model_quantize(
-        str(order.source).encode(), str(order.out).encode(), ctypes.byref(params)
+        str(order.source).encode(), str(order.out).encode(), ctypes.pointer(params)
     )
     alive.clear()
     return code == 0
+
+
+def _first(array):
+    """A pointer to a C array's first element."""
+    return ctypes.cast(array, ctypes.POINTER(array._type_))
 
 
 def _matrix_array(importance: Mapping[str, np.ndarray], alive: list[object]):

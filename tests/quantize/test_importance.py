@@ -59,7 +59,7 @@ def test_file_reads_back_and_has_the_layout_llama_quantize_wants(collected, tmp_
 
 
 def test_file_of_another_kind_is_refused(smollm2_gguf, tmp_path):
-    with pytest.raises(InvalidMatrix, match="general.type is"):
+    with pytest.raises(InvalidMatrix, match="is not an importance matrix"):
         ImportanceMatrix.read(smollm2_gguf)
     junk = tmp_path / "junk.gguf"
     junk.write_bytes(b"not a gguf at all, only text" * 10)

@@ -1,0 +1,194 @@
+"""`lq quantize` from end to end: source -> texts -> importance -> files -> divergence -> report.
+
+Owns the order, the lock on the folder and what is cleared away afterwards. A run that was stopped anywhere
+goes on at the step where it stopped; a run with other parameters redoes only what depends on them.
+"""
+
+import errno
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from engine.llama import default_threads, gpu_name
+from models.gguf import read_header
+from quantize.card import card
+from quantize.child import OutputNotWritten
+from quantize.errors import QuantizeError
+from quantize.plots import divergence_figure, png, speed_figure, svg
+from quantize.report import FileReport, Report, SourceReport, TextReport, divergence_of, to_json, types_of
+from quantize.settings import Progress, Settings, silent
+from quantize.source import is_full_precision
+from quantize.speed import Speed, processor
+from quantize.steps import Ledger, Step, write_bytes, write_text
+from quantize.work import Work
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class FolderBusy(QuantizeError):
+    """Another run works in the same folder."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(f"another `lq quantize` works in {out}; wait for it or choose another --out")
+
+
+def run(settings: Settings, *, progress: Progress = silent) -> Report:
+    """Do what is not done yet, write the report, and return it. Raises QuantizeError; finished steps stay."""
+    settings.check()
+    with _disk(settings.out), _locked(settings.out):
+        work = Work(settings, progress)
+        report = _Run(work).report()
+        progress("writing the report", 0, None)
+        _write(report, settings.out)
+        _clear(work)
+    return report
+
+
+class _Run:
+    """One pass over the steps."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.settings = work.settings
+        self.ledger = Ledger(work.folder / "steps")
+        self.taken: dict[str, Step] = {}
+
+    def ensure(self, step: Step):
+        self.taken[step.name] = step
+        return self.ledger.ensure(step)
+
+    def report(self) -> Report:
+        """Run all steps in order; what llama.cpp may refuse comes before what takes long."""
+        work, settings = self.work, self.settings
+        source = self._source()
+        calibration = self._text(work.calibration, None)
+        importance = self.ensure(work.importance) if work.importance else None
+        made = {kind: self.ensure(work.quantized(kind)) for kind in settings.types}
+        evaluation = self._text(work.evaluation, "assistant")
+        text = self._text(work.text, "text")
+        files = tuple(self._file(kind, facts) for kind, facts in made.items())
+        return Report(
+            source=source,
+            files=files,
+            calibration=calibration,
+            evaluation=evaluation,
+            text=text,
+            importance_sha256=importance["sha256"] if importance else None,
+            command=settings.command,
+            seed=settings.seed,
+            machine=gpu_name() or processor(),
+            n_threads=settings.backend.n_threads or default_threads(),
+            versions={**work.versions, "python": platform.python_version()},
+            seconds={name: self.ledger.seconds(step) for name, step in self.taken.items()},
+            warnings=tuple(self._warnings(source, files, calibration)),
+        )
+
+    def _source(self) -> SourceReport:
+        given, work = self.settings.source, self.work
+        facts = self.ensure(work.description)
+        types = types_of(facts["types"])
+        sha256 = work.source.parameters["sha256"]
+        adapter = self.settings.adapter
+        return SourceReport(
+            name=given.name,
+            given=given.given,
+            format=types.shares[0].type,
+            sha256=sha256,
+            adapter=adapter.name if adapter else None,
+            types=types,
+            speed=Speed(**facts["speed"]),
+            architecture=facts["architecture"],
+            licence=given.licence,
+            base_model=given.base_model,
+        )
+
+    def _text(self, step: Step | None, role) -> TextReport | None:
+        if step is None:
+            return None
+        facts = self.ensure(step)
+        n_scored = self._n_scored(step, role) if role else 0
+        return TextReport(
+            origin=facts["origin"],
+            n_sequences=facts["n_sequences"],
+            n_tokens=facts["n_tokens"],
+            n_scored=n_scored,
+            dropped=facts["dropped"],
+            sha256=facts["sha256"],
+        )
+
+    def _n_scored(self, step: Step, role) -> int:
+        return sum(len(passage.positions) for passage in self.work.passages(step, role))
+
+    def _file(self, kind: str, facts) -> FileReport:
+        work = self.work
+        chats = self.ensure(work.divergence(kind, work.evaluation, "assistant"))
+        text = self.ensure(work.divergence(kind, work.text, "text")) if work.text else None
+        speed = self.ensure(work.speed(kind))
+        return FileReport(
+            type=kind,
+            file=work.file(kind).name,
+            sha256=facts["sha256"],
+            types=types_of(facts["types"]),
+            speed=Speed(**speed),
+            chats=divergence_of(chats),
+            text=divergence_of(text),
+            warning=facts["warning"],
+        )
+
+    def _warnings(
+        self, source: SourceReport, files: tuple[FileReport, ...], calibration: TextReport | None
+    ) -> Iterator[str]:
+        if self.settings.source.kind == "gguf" and not is_full_precision(read_header(self.work.source_file)):
+            yield f"The source is quantized itself ({source.format}): divergence is measured against that."
+        if calibration and "no chat template" in calibration.origin:
+            yield "The model has no chat template, so the texts are what it writes from its first token on."
+        for file in files:
+            if file.warning:
+                yield file.warning
+
+
+def _write(report: Report, out: Path) -> None:
+    """report.md, report.json and the plots, each whole or not at all."""
+    figures = {"divergence": divergence_figure(report), "speed": speed_figure(report)}
+    for name, figure in figures.items():
+        if figure is not None:
+            write_bytes(out / f"{name}.png", png(figure))
+            write_bytes(out / f"{name}.svg", svg(figure))
+    write_text(out / "report.json", to_json(report))
+    write_text(out / "report.md", card(report))
+
+
+def _clear(work: Work) -> None:
+    """Remove large intermediate files; what needed them is done."""
+    large = [*work.folder.glob("reference-*.f32"), work.generator_file]
+    if work.settings.source.kind == "checkpoint" and not work.settings.keep_source:
+        large.append(work.source_file)
+    for path in large:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    (out / "work").mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / "work" / ".lock", timeout=0)
+    try:
+        with lock:
+            for left in (*out.glob(".*.partial"), *(out / "work").glob(".*.partial")):
+                left.unlink()  # by a run that was killed
+            yield
+    except Timeout:
+        raise FolderBusy(out) from None
+
+
+@contextmanager
+def _disk(out: Path) -> Iterator[None]:
+    """Turn "no space" into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL and out.exists():
+            raise OutputNotWritten(Path(error.filename or out / "work"), error.strerror or "full") from error
+        raise

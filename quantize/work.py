@@ -1,0 +1,270 @@
+"""The steps of a run as a graph: what each makes, where, and from what.
+
+One method a step; `quantize.steps` decides which of them run. The order and the report are the pipeline's.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from models.gguf import read_header
+from models.lora import Adapter
+from quantize import calibrate, filters
+from quantize.calibrate import Plan, Purpose
+from quantize.child import quantize
+from quantize.conversation import Role, read
+from quantize.convert import convert
+from quantize.importance import collect
+from quantize.measure import Passage, measure, passages, write_reference
+from quantize.settings import Progress, Settings
+from quantize.source import digest
+from quantize.speed import measure_speed
+from quantize.steps import Facts, Step
+from quantize.texts import WINDOW, Written, cut_text, write_conversations
+from quantize.typemap import fallback_warning, read_types
+from quantize.types import Order
+
+#: How texts are made; a change makes them anew.
+TEXT_RULES = {
+    "temperatures": calibrate.TEMPERATURES,
+    "min_question_temperature": calibrate.MIN_QUESTION_TEMPERATURE,
+    "min_p": calibrate.MIN_P,
+    "loop": (filters.LOOP_MIN, filters.LOOP_SHARE, filters.SAME_SHARE, filters.MIN_TOKENS),
+}
+
+
+class Work:
+    """The steps of one run. Intermediate files lie in `folder`, results in the run's `out`."""
+
+    def __init__(self, settings: Settings, progress: Progress) -> None:
+        self.settings = settings
+        self.progress = progress
+        self.folder = settings.out / "work"
+        self.versions = {name: version(name) for name in ("llama-cpp-python", "gguf")}
+
+    @cached_property
+    def source(self) -> Step:
+        """The full-precision GGUF: converted, or the one that was given."""
+        settings = self.settings
+        parameters: dict[str, Any] = {"sha256": digest(settings.source.path), **self.versions}
+        if settings.source.kind == "gguf":
+            return Step("source", dict, parameters)
+        parameters["pre"] = settings.pre
+        parameters["adapter"] = digest(settings.adapter) if settings.adapter else None
+        return Step("source", self._convert, parameters, outputs=(self.source_file,))
+
+    @property
+    def source_file(self) -> Path:
+        if self.settings.source.kind == "gguf":
+            return self.settings.source.path
+        return self.folder / "source.gguf"
+
+    def _convert(self) -> Facts:
+        adapter = Adapter.open(self.settings.adapter) if self.settings.adapter else None
+        convert(
+            self.settings.source.path,
+            self.source_file,
+            adapter=adapter,
+            pre=self.settings.pre,
+            progress=lambda what, done, total: self.progress(f"converting {what}", done, total),
+        )
+        return {}
+
+    @cached_property
+    def description(self) -> Step:
+        """Types and speed of the source, kept after its file is gone."""
+        return Step("description", self._describe, {"threads": self._threads}, (self.source,))
+
+    def _describe(self) -> Facts:
+        self.progress("timing the source", 0, None)
+        speed = measure_speed(self.source_file, backend=self.settings.backend)
+        return {
+            "types": dataclasses.asdict(read_types(self.source_file)),
+            "speed": dataclasses.asdict(speed),
+            "architecture": read_header(self.source_file).architecture,
+        }
+
+    @property
+    def _threads(self) -> tuple[int | None, int | None]:
+        return dataclasses.astuple(self.settings.backend)
+
+    @cached_property
+    def generator(self) -> Step:
+        """The source as Q8_0, which writes a third faster and says nearly the same."""
+        return Step("generator", self._make_generator, {}, (self.source,), (self.generator_file,))
+
+    @property
+    def generator_file(self) -> Path:
+        return self.folder / "generator.gguf"
+
+    def _make_generator(self) -> Facts:
+        self._quantize(Order(self.source_file, self.generator_file, "Q8_0"), "the generator")
+        return {}
+
+    @cached_property
+    def calibration(self) -> Step | None:
+        """The texts that importance is collected on."""
+        settings = self.settings
+        if settings.calibration == "none":
+            return None
+        if isinstance(settings.calibration, Path):
+            return self._file_step("calibration", settings.calibration, settings.calibration_tokens)
+        plan = Plan("calibration", settings.seed, settings.calibration_tokens, n_parallel=settings.n_parallel)
+        return self._conversation_step(plan, None)
+
+    @cached_property
+    def evaluation(self) -> Step:
+        """Held-out conversations, of other seeds and other questions than the calibration's."""
+        settings = self.settings
+        plan = Plan(
+            "evaluation", settings.seed, settings.eval_tokens, ("assistant",), n_parallel=settings.n_parallel
+        )
+        return self._conversation_step(plan, self.calibration if settings.calibration == "self" else None)
+
+    @cached_property
+    def text(self) -> Step | None:
+        """Windows of the public text; half of each is scored."""
+        settings = self.settings
+        if settings.eval_text is None:
+            return None
+        return self._file_step("text", settings.eval_text, 2 * settings.eval_tokens)
+
+    def text_file(self, name: str) -> Path:
+        return self.folder / f"{name}.jsonl"
+
+    def _conversation_step(self, plan: Plan, avoid: Step | None) -> Step:
+        parameters = {"plan": dataclasses.asdict(plan), "rules": TEXT_RULES, "threads": self._threads}
+        needs = (self.generator,) if avoid is None else (self.generator, avoid)
+        out = self.text_file(plan.purpose)
+        keyed = Step(plan.purpose, dict, parameters, needs)
+
+        def make() -> Facts:
+            written = write_conversations(
+                self.generator_file,
+                out,
+                plan,
+                key=keyed.key,
+                backend=self.settings.backend,
+                avoid=read(self.text_file(avoid.name)) if avoid else (),
+                progress=self._ticker(_TOLD[plan.purpose]),
+            )
+            return dataclasses.asdict(written)
+
+        return Step(plan.purpose, make, parameters, needs, (out,))
+
+    def _file_step(self, name: str, path: Path, n_tokens: int) -> Step:
+        parameters = {"sha256": digest(path), "name": path.name, "n_tokens": n_tokens, "window": WINDOW}
+        out = self.text_file(name)
+
+        def make() -> Facts:
+            self.progress(f"cutting {path.name}", 0, None)
+            backend = self.settings.backend
+            written: Written = cut_text(
+                self.source_file, path, out, n_tokens=n_tokens, key=name, backend=backend
+            )
+            return dataclasses.asdict(written)
+
+        return Step(name, make, parameters, (self.source,), (out,))
+
+    @cached_property
+    def importance(self) -> Step | None:
+        """The importance matrix, in llama.cpp's own format."""
+        if self.calibration is None:
+            return None
+        return Step("importance", self._collect, {}, (self.source, self.calibration), (self.matrix_file,))
+
+    @property
+    def matrix_file(self) -> Path:
+        return self.settings.out / "imatrix.gguf"
+
+    def _collect(self) -> Facts:
+        backend = self.settings.backend
+        matrix = collect(
+            self.source_file,
+            [conversation.tokens for conversation in read(self.text_file("calibration"))],
+            dataset="calibration.jsonl",
+            n_threads=backend.n_threads,
+            n_gpu_layers=backend.n_gpu_layers,
+            progress=self._ticker("collecting importance"),
+        )
+        matrix.write(self.matrix_file)
+        return {"sha256": digest(self.matrix_file), "n_entries": len(matrix.entries)}
+
+    def file(self, kind: str) -> Path:
+        return self.settings.out / f"{self.settings.source.name}-{kind}.gguf"
+
+    def quantized(self, kind: str) -> Step:
+        """One of the files."""
+        needs = (self.source,) if self.importance is None else (self.source, self.importance)
+        parameters = {"type": kind, "allow_requantize": self.settings.allow_requantize}
+        return Step(f"quantize-{kind}", lambda: self._make(kind), parameters, needs, (self.file(kind),))
+
+    def _make(self, kind: str) -> Facts:
+        out = self.file(kind)
+        importance = None if self.importance is None else self.matrix_file
+        outcome = self._quantize(Order(self.source_file, out, kind, importance), kind)
+        types = read_types(out)
+        warning = fallback_warning(kind, outcome.fallbacks, types)
+        return {"sha256": digest(out), "types": dataclasses.asdict(types), "warning": warning}
+
+    def _quantize(self, order: Order, what: str):
+        ready = dataclasses.replace(
+            order,
+            n_threads=self.settings.backend.n_threads or 0,
+            allow_requantize=self.settings.allow_requantize,
+        )
+        return quantize(ready, progress=lambda i, n, name: self.progress(f"quantizing {what}: {name}", i, n))
+
+    def reference(self, texts: Step, role: Role) -> Step:
+        """The source's predictions over some texts."""
+        out = self.folder / f"reference-{texts.name}.f32"
+
+        def make() -> Facts:
+            ticker = self._ticker("predicting with the source")
+            passages_ = self.passages(texts, role)
+            write_reference(self.source_file, passages_, out, backend=self.settings.backend, progress=ticker)
+            return {"n_scored": sum(len(passage.positions) for passage in passages_)}
+
+        return Step(f"reference-{texts.name}", make, {"threads": self._threads}, (self.source, texts), (out,))
+
+    def divergence(self, kind: str, texts: Step, role: Role) -> Step:
+        """How far one file is from the source over some texts."""
+        reference = self.reference(texts, role)
+
+        def make() -> Facts:
+            ticker = self._ticker(f"measuring {kind}")
+            found = measure(
+                self.file(kind),
+                self.passages(texts, role),
+                reference.outputs[0],
+                backend=self.settings.backend,
+                progress=ticker,
+            )
+            return dataclasses.asdict(found)
+
+        return Step(f"divergence-{texts.name}-{kind}", make, {}, (reference, texts, self.quantized(kind)))
+
+    def speed(self, kind: str) -> Step:
+        """How fast one file runs here."""
+
+        def make() -> Facts:
+            self.progress(f"timing {kind}", 0, None)
+            return dataclasses.asdict(measure_speed(self.file(kind), backend=self.settings.backend))
+
+        return Step(f"speed-{kind}", make, {"threads": self._threads}, (self.quantized(kind),))
+
+    def passages(self, texts: Step, role: Role) -> list[Passage]:
+        """What a text step wrote, with the tokens of one role scored."""
+        return passages(read(self.text_file(texts.name)), role)
+
+    def _ticker(self, what: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.progress(what, done, total)
+
+
+_TOLD: Mapping[Purpose, str] = {
+    "calibration": "writing calibration conversations",
+    "evaluation": "writing held-out conversations",
+}
