@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rag.errors import RagError
 from rag.parse import SUFFIXES
@@ -42,9 +43,8 @@ class Found:
     modified_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    path: Path
+class Skipped(NamedTuple):
+    path: str
     reason: str
 
 
@@ -62,7 +62,7 @@ def walk(paths: Iterable[Path], *, largest_bytes: int = LARGEST_BYTES) -> Discov
     A file named outright is reported when it cannot be taken; links are followed, loops are not.
     """
     files: dict[str, Found] = {}
-    skipped: dict[Path, Skipped] = {}
+    skipped: dict[str, Skipped] = {}
     for given in paths:
         root = Path(given).expanduser().absolute()
         if not root.exists():
@@ -95,7 +95,7 @@ def _under(root: Path, largest_bytes: int) -> Iterator[Found | Skipped]:
             elif path.name not in _FOLDERS:
                 real = os.path.realpath(path)
                 if real in above:
-                    yield Skipped(path, "it is a link to a folder that holds it")
+                    yield Skipped(str(path), "it is a link to a folder that holds it")
                 else:
                     inner.append((path, (*above, real)))
         folders.extend(reversed(inner))
@@ -105,7 +105,7 @@ def _entries(folder: Path) -> Sequence[Path] | Skipped:
     try:
         return sorted(folder.iterdir())
     except OSError as error:
-        return Skipped(folder, f"the folder cannot be listed ({error.strerror})")
+        return Skipped(str(folder), f"the folder cannot be listed ({error.strerror})")
 
 
 def _judge(path: Path, *, root: Path, largest_bytes: int) -> Found | Skipped:
@@ -113,18 +113,18 @@ def _judge(path: Path, *, root: Path, largest_bytes: int) -> Found | Skipped:
         status = path.stat()
     except OSError as error:
         reason = "it is a link to nothing" if path.is_symlink() else f"it cannot be read ({error.strerror})"
-        return Skipped(path, reason)
+        return Skipped(str(path), reason)
     if not path.is_file():
-        return Skipped(path, "it is not a plain file")
+        return Skipped(str(path), "it is not a plain file")
     if path.suffix.lower() not in SUFFIXES:
         kind = f"of type {path.suffix!r}" if path.suffix else "without a suffix"
-        return Skipped(path, f"files {kind} are not supported")
+        return Skipped(str(path), f"files {kind} are not supported")
     if status.st_size > largest_bytes:
         return Skipped(
-            path, f"it is {_mib(status.st_size)}, larger than {_mib(largest_bytes)}; split it into parts"
+            str(path), f"it is {_mib(status.st_size)}, larger than {_mib(largest_bytes)}; split it into parts"
         )
     if status.st_size == 0:
-        return Skipped(path, "it is empty")
+        return Skipped(str(path), "it is empty")
     return Found(
         path=path,
         name=path.relative_to(root).as_posix(),

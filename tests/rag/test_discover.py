@@ -12,7 +12,7 @@ def names(*paths: Path) -> list[str]:
 
 
 def reasons(*paths: Path, **options: int) -> dict[str, str]:
-    return {one.path.name: one.reason for one in walk(paths, **options).skipped}
+    return {Path(one.path).name: one.reason for one in walk(paths, **options).skipped}
 
 
 def write(root: Path, *files: str) -> None:
