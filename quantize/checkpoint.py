@@ -58,7 +58,7 @@ class StoredTensor:
         """The tensor in runs of whole rows, about BLOCK_BYTES each, as stored."""
         n_rows = self.shape[0] if self.shape else 1
         width = self.n_elements // max(n_rows, 1)
-        step = max(1, BLOCK_BYTES // max(1, width * STORED[self.dtype].itemsize))
+        step = _rows_a_block(self.size_bytes, n_rows)
         for first in range(0, n_rows, step):
             rows = min(step, n_rows - first)
             yield self._read(first * width, rows * width).reshape(rows, *self.shape[1:])
@@ -107,6 +107,16 @@ class Checkpoint:
             matrices = (one for one in self.tensors.values() if one.dtype == kind and len(one.shape) > 1)
             sizes[kind] = sum(one.size_bytes for one in matrices)
         return max(sizes, key=lambda kind: sizes[kind])
+
+
+def row_blocks(values: np.ndarray) -> Iterator[np.ndarray]:
+    """Views of an array in memory, in runs of whole rows of about BLOCK_BYTES."""
+    step = _rows_a_block(values.nbytes, len(values))
+    return (values[first : first + step] for first in range(0, len(values), step))
+
+
+def _rows_a_block(size_bytes: int, n_rows: int) -> int:
+    return max(1, n_rows * BLOCK_BYTES // max(1, size_bytes))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from itertools import zip_longest
 import numpy as np
 
 from models.lora import Adapter
-from quantize.checkpoint import STORED, Checkpoint, StoredTensor
+from quantize.checkpoint import STORED, Checkpoint, StoredTensor, row_blocks
 from quantize.errors import QuantizeError
 from quantize.families.config import Config
 from quantize.families.recipe import Family, Recipe
@@ -162,13 +162,13 @@ def _output(recipe: Recipe, tensor: StoredTensor, dtype: Dtype, adapter: Adapter
 def _blocks(
     recipe: Recipe, tensor: StoredTensor, dtype: Dtype, adapter: Adapter | None
 ) -> Iterator[np.ndarray]:
-    if adapter is not None:
-        parts: Iterator[np.ndarray] = iter([adapter.merge(tensor.name, to_float32(tensor.read()))])
+    if adapter is None and not recipe.heads:
+        parts = tensor.blocks()
     else:
-        parts = iter([tensor.read()]) if recipe.heads else tensor.blocks()
+        whole = tensor.read() if adapter is None else adapter.merge(tensor.name, to_float32(tensor.read()))
+        parts = row_blocks(_interleave(whole, recipe.heads) if recipe.heads else whole)
     for part in parts:
-        rows = _interleave(part, recipe.heads) if recipe.heads else part
-        yield _encode(rows, recipe, dtype)
+        yield _encode(part, recipe, dtype)
 
 
 def _interleave(rows: np.ndarray, heads: int) -> np.ndarray:

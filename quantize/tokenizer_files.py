@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from quantize.checkpoint import read_json
+from quantize.checkpoint import InvalidCheckpoint, read_json
 from quantize.errors import QuantizeError
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -71,11 +71,20 @@ class TokenizerFiles:
 
     def _added(self) -> Iterator[AddedToken]:
         for text, token_id in (read_json(self.path / "added_tokens.json") or {}).items():
-            yield AddedToken(int(token_id), text, special=False, strips=False)
+            yield self._added_token("added_tokens.json", token_id, {"content": text})
         for token_id, entry in (self.config.get("added_tokens_decoder") or {}).items():
-            yield _added_token(int(token_id), entry)
+            yield self._added_token("tokenizer_config.json", token_id, entry)
         for entry in (self.spec or {}).get("added_tokens") or []:
-            yield _added_token(int(entry["id"]), entry)
+            yield self._added_token("tokenizer.json", entry.get("id"), entry)
+
+    def _added_token(self, file: str, token_id: Any, entry: Any) -> AddedToken:
+        text = _content(entry)
+        if text is None or not str(token_id).isdecimal():
+            problem = f"has an added token without text or number: {token_id!r}: {entry!r}"
+            raise InvalidCheckpoint(self.path / file, problem, "download it again")
+        entry = entry if isinstance(entry, dict) else {}
+        strips = bool(entry.get("rstrip") or entry.get("lstrip"))
+        return AddedToken(int(token_id), text, bool(entry.get("special")), strips)
 
     @cached_property
     def special_texts(self) -> frozenset[str]:
@@ -107,8 +116,3 @@ def _content(token: Any) -> str | None:
     """The text of a token that is written as a string or as an object."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
-
-
-def _added_token(token_id: int, entry: Mapping[str, Any]) -> AddedToken:
-    strips = bool(entry.get("rstrip") or entry.get("lstrip"))
-    return AddedToken(token_id, entry["content"], bool(entry.get("special")), strips)

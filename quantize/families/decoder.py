@@ -15,7 +15,8 @@ def check_plain(config: Config, *, activation: str = "hidden_act", allowed: tupl
     """Refuse what changes the arithmetic and has no place in a GGUF of these families."""
     config.require(activation, allowed, "llama.cpp computes this family with one activation")
     if config.get("quantization_config"):
-        method = config.get("quantization_config").get("quant_method", "unknown")
+        quantized = config.get("quantization_config")
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise UnsupportedConfig(
             "quantization_config.quant_method",
             method,

@@ -34,8 +34,10 @@ class Rope:
 def read_rope(config: Config, *, accepts: tuple[str, ...], layers: str | None = None) -> Rope:
     """The embedding of all layers, or of those of type `layers` where the file has one a type."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if layers is not None and isinstance(parameters.get(layers), dict):
-        parameters = parameters[layers]
+    if layers is not None and isinstance(parameters, dict):
+        parameters = parameters.get(layers) or parameters
+    if not isinstance(parameters, dict):
+        raise UnsupportedConfig("rope_scaling", parameters, "must be an object; download config.json again")
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in accepts:
         known = ", ".join(accepts)

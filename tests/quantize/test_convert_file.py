@@ -67,6 +67,21 @@ def test_head_that_repeats_the_embedding_of_a_tied_model_is_left_out(make_tiny, 
     assert "output.weight" in {t.name for t in convert(tiny.path, tmp_path / "own.gguf").tensors}
 
 
+def test_description_counts_what_the_checkpoint_holds(checkpoint):
+    info = describe(checkpoint)
+    assert (info.family, info.architecture, info.tied, info.dtype) == (
+        "llama",
+        "LlamaForCausalLM",
+        False,
+        "F32",
+    )
+    assert (info.n_layer, info.n_embd, info.n_vocab, info.context_length) == (3, 64, 32_000, 256)
+    layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96 + 2 * 64
+    assert info.n_parameters == 2 * 32_000 * 64 + 3 * layer + 64
+    assert info.size_bytes == 4 * info.n_parameters
+    assert info.notes == ()
+
+
 def test_progress_ends_at_the_whole_size(checkpoint, tmp_path):
     seen = []
     header = convert(checkpoint, tmp_path / "out.gguf", progress=lambda *step: seen.append(step))

@@ -182,6 +182,11 @@ def test_quantized_checkpoint_is_refused(checkpoint, refused):
     refused(UnsupportedConfig, r"quant_method = 'gptq'.*full-precision")
 
 
+def test_added_token_without_text_is_refused(checkpoint, refused):
+    (checkpoint / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"5": {"special": true}}}')
+    refused(InvalidCheckpoint, r"tokenizer_config\.json: has an added token without text or number: '5'")
+
+
 def test_unigram_tokenizer_is_refused(checkpoint, refused):
     unigram = {
         "version": "1.0",
