@@ -3,6 +3,8 @@
 Owns opening, searching and checking; `ingest` fills it. Knows nothing of stores of models or of HTTP.
 """
 
+import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +12,12 @@ from typing import Protocol
 
 import numpy as np
 
+from rag import check, passages, retrieve
 from rag.errors import RagError
 from rag.passage import Passage
+from rag.settings import OtherEmbedder, Settings
+from rag.store import FILE_NAME, Database
+from rag.vectors import VectorIndex
 
 __all__ = ["Collection", "CollectionInfo", "Passage", "UnknownCollection"]
 
@@ -23,6 +29,17 @@ class QueryEmbedder(Protocol):
     name: str
 
     def queries(self, texts: Sequence[str]) -> np.ndarray: ...
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class InvalidName(RagError):
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name[:100]!r} is no name of a collection: use 1 to 64 letters, digits, dots, dashes and "
+            "underscores, beginning with a letter or digit"
+        )
 
 
 class UnknownCollection(RagError):
@@ -49,32 +66,111 @@ class CollectionInfo:
 
 
 class Collection:
-    """Safe to share between threads: a search takes a lock (a few ms)."""
+    """Safe to share between threads: a search takes a lock (a few ms). Sees what an index run commits."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._lock = threading.Lock()
+        self._database: Database | None = None
+        self._index: VectorIndex | None = None
 
     @classmethod
     def open(cls, directory: Path) -> "Collection":
         """An existing collection; UnknownCollection lists the folder's siblings otherwise."""
-        raise UnknownCollection(directory.name, names(directory.parent))
+        collection = cls(Path(directory))
+        collection._settings()
+        return collection
 
     def search(self, question: str, *, k: int = 5, embedder: QueryEmbedder) -> list[Passage]:
         """The k best passages, best first; refuses an embedder other than the one it was built with."""
-        raise UnknownCollection(question, ())
+        if k < 1:
+            raise RagError(f"k is {k}: ask for at least 1 passage")
+        with self._lock:
+            self._checked(embedder)
+        query = embedder.queries([question])[0]
+        with self._lock:
+            settings = self._checked(embedder)
+            database, index = self._open(), self._current(settings)
+            with database.reading():
+                found = retrieve.candidates(
+                    question, query, database=database, index=index, settings=settings, k=k
+                )
+                weight = retrieve.vector_weight(question, settings)
+                return passages.read(database, retrieve.rank(found, weight=weight), k)
 
     def info(self) -> CollectionInfo:
-        raise UnknownCollection(self.directory.name, ())
+        with self._lock:
+            settings, database = self._settings(), self._open()
+            return CollectionInfo(
+                name=self.directory.name,
+                embedder=settings.embedder,
+                embedder_fingerprint=settings.embedder_fingerprint,
+                dimension=settings.dimension,
+                chunk_tokens=settings.chunk_tokens,
+                overlap=settings.overlap,
+                lexical=settings.lexical,
+                roots=database.roots(),
+                n_files=database.count("files", "reason IS NULL"),
+                n_skipped=database.count("files", "reason IS NOT NULL"),
+                n_chunks=database.count("chunks"),
+                n_vectors=database.count("windows"),
+            )
 
     def verify(self) -> list[str]:
         """What is inconsistent, one sentence each; empty when sound."""
-        raise UnknownCollection(self.directory.name, ())
+        with self._lock:
+            self._settings()
+            return check.problems(self.directory, self._open())
 
     def repair(self) -> list[str]:
         """Mend what verify finds; says what was done."""
-        raise UnknownCollection(self.directory.name, ())
+        with self._lock:
+            self._settings()
+            self._index = None
+            return check.repair(self.directory, self._open())
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        with self._lock:
+            if self._database is not None:
+                self._database.close()
+            self._database = self._index = None
+
+    def _open(self) -> Database:
+        path = self.directory / FILE_NAME
+        if self._database is None:
+            if not path.is_file():
+                raise UnknownCollection(self.directory.name, names(self.directory.parent))
+            self._database = Database(path)
+        return self._database
+
+    def _settings(self) -> Settings:
+        settings = self._open().settings()
+        if settings is None:  # its creation was interrupted: nothing was indexed
+            self._open().close()
+            self._database = None
+            raise UnknownCollection(self.directory.name, names(self.directory.parent))
+        return settings
+
+    def _current(self, settings: Settings) -> VectorIndex:
+        if self._index is None or self._index.dimension != settings.dimension:
+            self._index = VectorIndex.open(self.directory, self._open(), settings.dimension)
+        self._index.follow(self._open())
+        return self._index
+
+    def _checked(self, embedder: QueryEmbedder) -> Settings:
+        settings = self._settings()
+        if embedder.fingerprint != settings.embedder_fingerprint:
+            roots = self._open().roots()
+            name = self.directory.name
+            raise OtherEmbedder(name, roots, settings, given=embedder.name, mark=embedder.fingerprint)
+        return settings
+
+
+def directory_of(root: Path, name: str) -> Path:
+    """Where the collection `name` lies below the folder of collections; InvalidName for what is no name."""
+    if not _NAME.fullmatch(name):
+        raise InvalidName(name)
+    return root / name
 
 
 def names(root: Path) -> list[str]:

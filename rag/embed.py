@@ -23,6 +23,7 @@ Progress = Callable[[int, int], None]  # (texts embedded, texts in all)
 BATCH = 32
 #: Models that read more are given windows of this many tokens at most: chunks are not longer.
 MAX_TOKENS = 2048
+_KOREAN = "육아휴직은자녀한명당일년까지사용할수있습니다"
 
 
 class UnusableEmbedder(RagError):
@@ -85,6 +86,12 @@ class Embedder:
     def window_tokens(self) -> int:
         """Tokens of text that fit beside the special ones and the prefix."""
         return self.max_tokens - self.count_tokens("")
+
+    @property
+    def reads_hangul(self) -> bool:
+        """Whether the vocabulary has Korean words: at most one token a syllable, none unknown."""
+        tokens = self._tokenizer.encode(_KOREAN, add_special_tokens=False).tokens
+        return len(tokens) <= len(_KOREAN) and not {"[UNK]", "<unk>"}.intersection(tokens)
 
     @property
     def _prefix(self) -> str:

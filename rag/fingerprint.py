@@ -23,7 +23,9 @@ _DECIDING = (
     "spiece.model",
 )
 #: Keys that name versions and origins.
-_INCIDENTAL = frozenset({"__version__", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash"})
+_INCIDENTAL = frozenset(
+    {"__version__", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash"}
+)
 _OTHER_RUNTIMES = frozenset({"onnx", "openvino", "tflite"})
 _BLOCK_BYTES = 1 << 20
 
