@@ -37,8 +37,8 @@ refuge for all northern voyages is Torshavn.
 
 # Weather limits
 
-We lift a mooring only when the significant wave height is below 2.5 metres and the wind is below 14 metres per
-second. The master alone decides to stop, and nobody argues with the master before breakfast.
+We lift a mooring only when the significant wave height is below 2.5 metres and the wind is below 14
+metres per second. The master alone decides to stop, and nobody argues with the master before breakfast.
 
 # Packing
 
@@ -55,13 +55,13 @@ first, since rinsing can wash off the paint.
 
 # Data on board
 
-Copy the memory of each instrument twice: one copy stays on the ship, the other is sent to the calibration hall.
-The data officer is Leocadia Brandt. Raw data are kept for 30 years.
+Copy the memory of each instrument twice: one copy stays on the ship, the other is sent to the calibration
+hall. The data officer is Leocadia Brandt. Raw data are kept for 30 years.
 
 # Watches
 
-There are three watches of 4 hours. The dog watch is from 16:00 to 18:00. Whoever sees a whale writes it in the
-whale book on the bridge; last year the book counted 47 whales.""",
+There are three watches of 4 hours. The dog watch is from 16:00 to 18:00. Whoever sees a whale writes it in
+the whale book on the bridge; last year the book counted 47 whales.""",
     """# Calibration
 
 Every pressure gauge is calibrated against the reference gauge in Ponta Delgada. The reference gauge is called
@@ -77,29 +77,32 @@ off Cape Farewell in 1991 and is still sending a ping every 40 seconds.""",
 
 QUALITY_RULES: Blocks = (
     ("title", "Repair quality rules"),
-    ("text", "Every repair follows the same five gates. A gate is signed with a green pencil, never with a pen."),
+    ("text", "Every repair follows the same five gates. A gate is signed with a green pencil, never "
+             "with a pen."),
     ("heading", "The five gates"),
-    ("text", "The gates are Receive, Open, Mend, Press and Return. No instrument skips the Press gate: it spends "
-             "9 hours in the pressure tank at 110 percent of its rated depth."),
+    ("text", "The gates are Receive, Open, Mend, Press and Return. No instrument skips the Press "
+             "gate: it spends 9 hours in the pressure tank at 110 percent of its rated depth."),
     ("heading", "Seals and oil"),
-    ("text", "An O-ring is used once. We use the silicone oil Marlow 50, changed after 14 repairs. An oil bath that "
-             "has turned amber is thrown away at once."),
+    ("text", "An O-ring is used once. We use the silicone oil Marlow 50, changed after 14 repairs. "
+             "An oil bath that has turned amber is thrown away at once."),
     ("heading", "Torque"),
     ("table", (("Bolt", "Material", "Torque"), ("M5", "titanium", "4.2 newton metres"),
                ("M8", "titanium", "17 newton metres"), ("M8", "steel", "21 newton metres"))),
     ("heading", "Returns"),
-    ("text", "The head of quality is Wilhelmina Adeyemi. She reads every complaint on Thursday afternoon. Our warranty "
-             "for a mended instrument is 20 months, and a free second repair is offered for any fault in the first "
-             "100 days."),
+    ("text", "The head of quality is Wilhelmina Adeyemi. She reads every complaint on Thursday "
+             "afternoon. Our warranty for a mended instrument is 20 months, and a free second "
+             "repair is offered for any fault in the first 100 days."),
 )  # fmt: skip
 
 SHIP_SAFETY: Blocks = (
     ("title", "선상 안전 수칙"),
-    ("text", "수리선에 오르는 모든 사람은 이 수칙을 읽고 서명합니다. 서명한 종이는 항해사 남궁현에게 냅니다."),
+    ("text", "수리선에 오르는 모든 사람은 이 수칙을 읽고 서명합니다. "
+             "서명한 종이는 항해사 남궁현에게 냅니다."),
     ("heading", "구명조끼"),
     ("text", "갑판에서는 언제나 주황색 구명조끼를 입습니다. 구명조끼는 14개월마다 점검합니다."),
     ("heading", "비상 신호"),
-    ("text", "짧은 기적 일곱 번과 긴 기적 한 번은 퇴선 신호입니다. 신호가 울리면 3분 안에 우현 집합 장소로 모입니다."),
+    ("text", "짧은 기적 일곱 번과 긴 기적 한 번은 퇴선 신호입니다. "
+             "신호가 울리면 3분 안에 우현 집합 장소로 모입니다."),
     ("heading", "윈치 작업"),
     ("text", "윈치가 도는 동안에는 노란 선 안으로 들어가지 않습니다. 윈치의 최대 하중은 9톤입니다."),
     ("heading", "당직 시간표"),
