@@ -342,6 +342,11 @@ class Context(Handle):
         model = self.model.pointer
         return not (native.llama_model_is_recurrent(model) or native.llama_model_is_hybrid(model))
 
+    @property
+    def n_window(self) -> int:
+        """Tokens that sliding-window layers look back on; 0 without such layers."""
+        return native.llama_model_n_swa(self.model.pointer)
+
     def clear(self) -> None:
         """Forget everything."""
         native.llama_memory_clear(self.memory, False)

@@ -67,7 +67,10 @@ class Loop:
         self.max_queue = max_queue
         self.counters = _Counters()
         self.scheduler = Scheduler(
-            n_slots=n_parallel, n_batch=context.n_batch, share_prefixes=context.can_share_prefixes
+            n_slots=n_parallel,
+            n_batch=context.n_batch,
+            share_prefixes=context.can_share_prefixes,
+            n_window=context.n_window,
         )
         self._writing: dict[Hashable, _Writing] = {}
 
@@ -161,7 +164,8 @@ class Loop:
             self.context.copy(source, sequence.slot, 0, length)
         else:
             self.context.remove(sequence.slot, length)
-        self._writing[sequence.id].admitted_s = now_s
+        writing = self._writing[sequence.id]
+        writing.admitted_s = writing.admitted_s or now_s
 
     def _decode(self, plan: list[Chunk]) -> list[Output]:
         batch = self.context.batch

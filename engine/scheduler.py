@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 
 from engine.prefix import Match, common_prefix, longest_match
 
+MIN_SHARED = 32  # tokens worth waiting for until another sequence has computed them
+
 
 @dataclass(eq=False, slots=True)
 class Sequence:
@@ -122,7 +124,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def admit(self) -> list[Admission]:
-        """Give free slots to waiting requests, oldest first; let followers have what was computed for them."""
+        """Let followers have what was computed for them, and give free slots to waiting requests in order."""
         admissions = [self._join(each) for each in self._by_age() if each.leader and self._may_join(each)]
         while self.waiting and any(slot.sequence is None for slot in self.slots):
             admissions.append(self._place(self.waiting.popleft()))
@@ -216,8 +218,8 @@ class Scheduler:
         return longest_match(sequence.prompt[:-1], held)
 
     def _follow(self, sequence: Sequence, length: int) -> None:
-        """Find an older prompt, still being computed, that begins like this one for more than `length` tokens."""
-        sequence.leader, sequence.n_shared = None, length
+        """Find an older prompt, still being computed, that will hold more of this one than `length`."""
+        sequence.leader, sequence.n_shared = None, length + MIN_SHARED - 1
         if not self.share_prefixes or self.n_window:
             return
         for older in self._by_age():
@@ -234,12 +236,9 @@ class Scheduler:
         return leader is not None and (leader.slot is None or leader.n_computed >= sequence.n_shared)
 
     def _join(self, sequence: Sequence) -> Admission:
-        """Take what there is now, and look for the next leader should some still be computed."""
+        """Take what there is now, at least what it has, and look for the next leader."""
         match = self._match(sequence)
-        if match is None or match.length < sequence.n_computed:
-            assert sequence.slot is not None
-            match = Match(sequence.slot, sequence.n_computed)
-        self._follow(sequence, match.length)
+        self._follow(sequence, match.length if match else 0)
         return self._begin(sequence, match)
 
     def _target(self, free: list[int], match: int | None, length: int) -> int:

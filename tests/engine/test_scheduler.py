@@ -1,208 +1,292 @@
-"""Scheduling, proven with a fake model whose next token is the last one plus 1."""
+"""Scheduling, proven with a fake model whose next token is the last one plus one, in a small vocabulary."""
 
 import random
 from dataclasses import dataclass, field
 
 import pytest
 
-from engine.scheduler import Scheduler, Sequence
+from engine.scheduler import MIN_SHARED, Chunk, Scheduler, Sequence
+
+VOCABULARY = 7
 
 
 @dataclass
-class FakeEngine:
-    """The loop's part: carries out what the scheduler decides, on a memory that checks every step."""
+class FakeModel:
+    """Keeps the cells of every slot and checks what it is asked to compute."""
 
     scheduler: Scheduler
-    cells: dict[int, list[int]] = field(default_factory=dict)  # slot -> tokens at positions 0, 1, ...
-    batches: list[list[tuple[object, int]]] = field(default_factory=list)  # per call: (id, tokens)
+    n_batch: int
+    n_ctx: int
+    cells: dict[int, list[int]] = field(default_factory=dict)
+    calls: list[list[Chunk]] = field(default_factory=list)
+    computed: dict[object, int] = field(default_factory=dict)  # id -> tokens computed for it
 
-    def step(self) -> list[tuple[object, int]]:
-        """One call; (id, token) of everything that was written."""
+    def step(self) -> list[Sequence]:
+        """Admit, compute, write; the sequences that ended."""
         for admission in self.scheduler.admit():
-            slot = admission.sequence.slot
-            self.cells[slot] = list(self.cells.get(admission.source, [])[: admission.length])
+            source = self.cells.get(admission.source, [])
+            assert admission.length <= len(source), "shares more than is held"
+            assert source[: admission.length] == list(admission.sequence.prompt[: admission.length])
+            assert admission.sequence.slot is not None
+            self.cells[admission.sequence.slot] = source[: admission.length]
         plan = self.scheduler.plan()
-        self.batches.append([(chunk.sequence.id, len(chunk.tokens)) for chunk in plan])
-        written = []
+        self.calls.append(plan)
+        assert sum(len(chunk.tokens) for chunk in plan) <= self.n_batch
+        assert len({id(chunk.sequence) for chunk in plan}) == len(plan), "one chunk a sequence"
+        ended = []
         for chunk in plan:
-            cells = self.cells[chunk.sequence.slot]
-            assert len(cells) == chunk.start, "a chunk must continue exactly where the cells end"
-            cells += chunk.tokens
-            self.scheduler.computed(chunk)
+            self._compute(chunk)
             if chunk.samples:
-                token = cells[-1] + 1
-                written.append((chunk.sequence.id, token))
-                if not self.scheduler.wrote(chunk.sequence, token):
+                last = (*chunk.sequence.prompt, *chunk.sequence.written)[-1]
+                if not self.scheduler.wrote(chunk.sequence, (last + 1) % VOCABULARY):
                     self.scheduler.release(chunk.sequence)
-        return written
+                    ended.append(chunk.sequence)
+        return ended
 
-    def run(self) -> dict[object, list[int]]:
-        """Until idle: what each request wrote."""
-        results: dict[object, list[int]] = {}
-        while not self.scheduler.idle:
-            for id, token in self.step():
-                results.setdefault(id, []).append(token)
-        return results
-
-
-def engine(n_slots: int = 4, n_batch: int = 8, **options) -> FakeEngine:
-    return FakeEngine(Scheduler(n_slots=n_slots, n_batch=n_batch, **options))
-
-
-def test_every_request_writes_the_tokens_that_follow_its_own_prompt():
-    fake = engine()
-    for id in range(10):
-        fake.scheduler.add(Sequence(id, tuple(range(100 * id, 100 * id + 5 + id)), max_tokens=3 + id))
-    results = fake.run()
-    for id in range(10):
-        last = 100 * id + 4 + id
-        assert results[id] == [last + n for n in range(1, 4 + id)]
+    def _compute(self, chunk: Chunk) -> None:
+        sequence = chunk.sequence
+        tokens = [*sequence.prompt, *sequence.written]
+        assert chunk.tokens, "an empty chunk"
+        assert chunk.start == sequence.n_computed
+        assert chunk.tokens == tokens[chunk.start : chunk.start + len(chunk.tokens)]
+        assert chunk.samples == (chunk.start + len(chunk.tokens) == len(tokens))
+        assert sequence.slot is not None
+        cells = self.cells[sequence.slot]
+        assert cells == tokens[: chunk.start], "cells and record differ"
+        cells.extend(chunk.tokens)
+        assert len(cells) < self.n_ctx
+        self.computed[sequence.id] = self.computed.get(sequence.id, 0) + len(chunk.tokens)
+        self.scheduler.computed(chunk)
 
 
-def test_requests_are_admitted_in_order_of_arrival():
-    fake = engine(n_slots=2)
-    for id in range(5):
-        fake.scheduler.add(Sequence(id, (id,), max_tokens=1))
-    fake.step()
-    assert [id for id, _ in fake.batches[0]] == [0, 1]
-    fake.step()
-    assert [id for id, _ in fake.batches[1]] == [2, 3]
+def fake(*, n_slots: int = 2, n_batch: int = 8, n_ctx: int = 64, **options) -> FakeModel:
+    return FakeModel(Scheduler(n_slots=n_slots, n_batch=n_batch, **options), n_batch, n_ctx)
 
 
-def test_a_long_prompt_never_keeps_running_sequences_from_their_token():
-    fake = engine(n_slots=3, n_batch=8, n_shared_chunk=2)
-    fake.scheduler.add(Sequence("a", (1,), max_tokens=100))
-    fake.scheduler.add(Sequence("b", (2,), max_tokens=100))
-    fake.step()
-    fake.scheduler.add(Sequence("long", tuple(range(50, 90)), max_tokens=1))
-    while fake.scheduler.slots[2].sequence is not None or fake.scheduler.waiting:
-        written = fake.step()
-        assert {"a", "b"} <= {id for id, _ in written}
-    assert all(dict(batch).get("long", 0) <= 2 for batch in fake.batches)
+def prompt(length: int, *, start: int = 0) -> tuple[int, ...]:
+    """A prompt of which no two with different `start` share a prefix."""
+    return (VOCABULARY + start, *range(1000, 1000 + length - 1))
 
 
-def test_a_prompt_alone_fills_whole_calls():
-    fake = engine(n_batch=8)
-    fake.scheduler.add(Sequence(0, tuple(range(20)), max_tokens=1))
-    fake.run()
-    assert [dict(batch)[0] for batch in fake.batches] == [8, 8, 4]
+def run(model: FakeModel, *sequences: Sequence, limit: int = 1000) -> None:
+    for sequence in sequences:
+        model.scheduler.add(sequence)
+    while not model.scheduler.idle:
+        model.step()
+        limit -= 1
+        assert limit, "does not end"
 
 
-def test_a_call_never_holds_more_tokens_than_its_size():
-    fake = engine(n_slots=8, n_batch=8)
-    for id in range(20):
-        fake.scheduler.add(Sequence(id, tuple(range(id, 2 * id + 1)), max_tokens=5))
-    fake.run()
-    assert max(sum(n for _, n in batch) for batch in fake.batches) <= 8
+def test_a_sequence_writes_last_plus_one_until_max_tokens():
+    sequence = Sequence("a", (1, 2, 3), max_tokens=5)
+    run(fake(), sequence)
+    assert sequence.written == [4, 5, 6, 0, 1]
 
 
-def test_slot_order_is_the_same_from_call_to_call():
-    fake = engine(n_slots=4)
-    for id in range(4):
-        fake.scheduler.add(Sequence(id, (id,), max_tokens=10))
-    fake.run()
-    assert {tuple(id for id, _ in batch) for batch in fake.batches} == {(0, 1, 2, 3)}
+def test_a_long_prompt_is_computed_in_chunks_of_the_call_size():
+    model = fake(n_batch=8)
+    run(model, Sequence("a", prompt(20), max_tokens=1))
+    assert [len(call[0].tokens) for call in model.calls] == [8, 8, 4]
 
 
-def test_a_later_request_starts_from_the_prefix_of_a_finished_one():
-    fake = engine()
-    fake.scheduler.add(Sequence("first", (1, 2, 3, 4, 5), max_tokens=2))
-    fake.run()
-    later = Sequence("later", (1, 2, 3, 4, 5, 6, 70), max_tokens=1)
-    fake.scheduler.add(later)
-    assert fake.run()["later"] == [71]
-    assert later.n_cached == 6  # the prompt and the token that was decoded after it
+def test_a_long_prompt_never_stops_those_that_write():
+    model = fake(n_batch=8, n_shared_chunk=2)
+    writer = Sequence("writer", prompt(3), max_tokens=30)
+    model.scheduler.add(writer)
+    model.step()
+    model.scheduler.add(Sequence("long", prompt(20, start=1), max_tokens=1))
+    for _ in range(10):
+        before = len(writer.written)
+        model.step()
+        assert len(writer.written) == before + 1
+        assert sum(len(chunk.tokens) for chunk in model.calls[-1]) <= 3
 
 
-def test_a_prefix_is_shared_from_a_busy_slot_too():
-    fake = engine(n_batch=32)
-    fake.scheduler.add(Sequence("busy", tuple(range(10)), max_tokens=50))
-    fake.step()
-    second = Sequence("second", (*range(8), 99), max_tokens=1)
-    fake.scheduler.add(second)
-    fake.step()
-    assert second.n_cached == 8
-    assert second.written == [100]
+def test_several_short_prompts_share_one_call():
+    model = fake(n_slots=3, n_batch=16)
+    run(model, *(Sequence(i, prompt(5, start=i), max_tokens=1) for i in range(3)))
+    assert len(model.calls) == 1
 
 
-def test_the_last_prompt_token_is_always_computed_because_its_logits_are_needed():
-    fake = engine()
-    for id in ("one", "two"):
-        sequence = Sequence(id, (1, 2, 3), max_tokens=1)
-        fake.scheduler.add(sequence)
-        assert fake.run()[id] == [4]
-    assert sequence.n_cached == 2
+def test_admission_is_in_order_of_arrival():
+    model = fake(n_slots=1)
+    sequences = [Sequence(i, prompt(3, start=i), max_tokens=2) for i in range(6)]
+    for sequence in sequences:
+        model.scheduler.add(sequence)
+    ended = []
+    while not model.scheduler.idle:
+        ended += model.step()
+    assert [sequence.id for sequence in ended] == list(range(6))
 
 
-def test_without_sharing_every_prompt_is_computed_whole():
-    fake = engine(share_prefixes=False)
-    for id in ("one", "two"):
-        sequence = Sequence(id, (1, 2, 3), max_tokens=1)
-        fake.scheduler.add(sequence)
-        fake.run()
-    assert sequence.n_cached == 0
+def test_the_same_prompt_again_computes_its_last_token_only():
+    model = fake()
+    run(model, Sequence("a", prompt(20), max_tokens=3))
+    again = Sequence("b", prompt(20), max_tokens=3)
+    run(model, again)
+    assert again.n_cached == 19
+    assert model.computed["b"] == 1 + 2
 
 
-def test_a_useful_cache_is_not_overwritten_while_another_slot_is_empty():
-    fake = engine(n_slots=2)
-    fake.scheduler.add(Sequence("long", tuple(range(30)), max_tokens=1))
-    fake.run()
-    fake.scheduler.add(Sequence("short", (0, 1, 77), max_tokens=1))
-    fake.run()
-    again = Sequence("again", (*range(30), 99), max_tokens=1)
-    fake.scheduler.add(again)
-    fake.run()
-    assert again.n_cached == 30
+def test_a_prefix_held_by_a_busy_slot_is_shared():
+    model = fake(n_batch=64)
+    busy = Sequence("busy", prompt(20), max_tokens=40)
+    model.scheduler.add(busy)
+    model.step()
+    other = Sequence("other", (*prompt(20), 5), max_tokens=1)
+    model.scheduler.add(other)
+    model.step()
+    assert other.n_cached == 20
+    assert busy.slot is not None
 
 
-def test_releasing_a_waiting_request_leaves_the_running_ones_alone():
-    fake = engine(n_slots=1)
-    fake.scheduler.add(Sequence("runs", (1,), max_tokens=3))
-    waits = Sequence("waits", (5,), max_tokens=3)
-    fake.scheduler.add(waits)
-    fake.step()
-    fake.scheduler.release(waits)
-    assert fake.run() == {"runs": [3, 4]}
+@pytest.mark.parametrize("n_slots", [2, 8])
+def test_prompts_that_arrive_together_compute_their_common_part_once(n_slots):
+    model = fake(n_slots=n_slots, n_batch=32, n_ctx=256)
+    common = prompt(100)
+    run(model, *(Sequence(i, (*common, 5000 + i, i), max_tokens=2) for i in range(8)))
+    assert sum(model.computed.values()) == 100 + 8 * 2 + 8 * 1
 
 
-def test_a_forgotten_slot_lends_no_prefix():
-    fake = engine(n_slots=1)
-    bad = Sequence("bad", (1, 2, 3), max_tokens=9)
-    fake.scheduler.add(bad)
-    fake.step()
-    fake.scheduler.release(bad, forget=True)
-    fake.cells.clear()
-    good = Sequence("good", (1, 2, 3), max_tokens=1)
-    fake.scheduler.add(good)
-    assert fake.run()["good"] == [4]
-    assert good.n_cached == 0
+def test_followers_of_a_cancelled_leader_go_on():
+    model = fake(n_slots=3, n_batch=16, n_ctx=256)
+    sequences = [Sequence(i, (*prompt(100), 5000 + i), max_tokens=2) for i in range(3)]
+    for sequence in sequences:
+        model.scheduler.add(sequence)
+    model.step()
+    model.step()
+    model.scheduler.release(sequences[0])
+    run(model)
+    assert [len(sequence.written) for sequence in sequences] == [0, 2, 2]
+    assert model.computed[1] + model.computed[2] == 100 - 32 + 2 + 2, "what the leader left is used, once"
 
 
-@pytest.mark.parametrize("seed", range(300))
-def test_random_traces_keep_every_answer_and_every_cell_right(seed):
-    random_ = random.Random(seed)
-    fake = engine(n_slots=random_.randint(1, 5), n_batch=random_.randint(5, 12))
-    results: dict[object, list[int]] = {}
-    sequences: dict[int, Sequence] = {}
-    cancelled = set()
-    for id in range(random_.randint(1, 25)):
-        prefix = tuple(range(random_.randint(0, 12)))
-        own = tuple(random_.randint(0, 3) for _ in range(random_.randint(1, 9)))
-        sequences[id] = Sequence(id, prefix + own, max_tokens=random_.randint(1, 9))
-        fake.scheduler.add(sequences[id])
-        for _ in range(random_.randint(0, 4)):
-            for done, token in fake.step():
-                results.setdefault(done, []).append(token)
-        victim = random_.choice(list(sequences.values()))
-        if random_.random() < 0.2 and (victim in fake.scheduler.waiting or victim.slot is not None):
-            fake.scheduler.release(victim)
-            cancelled.add(victim.id)
-    for id, tokens in fake.run().items():
-        results.setdefault(id, []).extend(tokens)
-    for id, sequence in sequences.items():
-        last = sequence.prompt[-1]
-        whole = [last + n for n in range(1, sequence.max_tokens + 1)]
-        written = results.get(id, [])
-        assert written == whole[: len(written)] if id in cancelled else written == whole
-    for index, slot in enumerate(fake.scheduler.slots):
-        assert slot.tokens == fake.cells.get(index, [])
+def test_followers_of_a_failed_leader_compute_it_all():
+    model = fake(n_slots=2, n_batch=16, n_ctx=256)
+    leader, follower = (Sequence(i, (*prompt(100), 5000 + i), max_tokens=1) for i in range(2))
+    model.scheduler.add(leader)
+    model.scheduler.add(follower)
+    model.step()
+    assert leader.slot is not None
+    model.cells[leader.slot].clear()
+    model.scheduler.release(leader, forget=True)
+    run(model)
+    assert model.computed[1] == 101
+
+
+def test_a_short_common_start_is_not_waited_for():
+    model = fake(n_slots=2, n_batch=256, n_ctx=256)
+    common = prompt(MIN_SHARED - 1)
+    run(model, *(Sequence(i, (*common, 5000 + i), max_tokens=1) for i in range(2)))
+    assert len(model.calls) == 1
+
+
+def test_without_sharing_nothing_is_kept():
+    model = fake(share_prefixes=False)
+    run(model, Sequence("a", prompt(20), max_tokens=1))
+    again = Sequence("b", prompt(20), max_tokens=1)
+    run(model, again)
+    assert again.n_cached == 0
+    assert not any(slot.tokens for slot in model.scheduler.slots)
+
+
+def test_under_a_window_only_what_reaches_to_the_end_of_a_slot_is_shared():
+    model = fake(n_window=10, n_batch=64)
+    run(model, Sequence("a", prompt(20), max_tokens=1))
+    cut = Sequence("cut", (*prompt(15), 1, 2), max_tokens=1)
+    run(model, cut)
+    assert cut.n_cached == 0
+    longer = Sequence("longer", (*prompt(20), 3), max_tokens=1)
+    run(model, longer)
+    assert longer.n_cached == 20
+
+
+def test_under_a_window_a_slot_shorter_than_it_is_shared():
+    model = fake(n_window=10, n_batch=64)
+    run(model, Sequence("a", prompt(9), max_tokens=1))
+    again = Sequence("b", prompt(9), max_tokens=1)
+    run(model, again)
+    assert again.n_cached == 8
+
+
+def test_release_while_waiting_leaves_the_queue():
+    model = fake(n_slots=1)
+    first, second, third = (Sequence(i, prompt(3, start=i), max_tokens=2) for i in range(3))
+    for sequence in (first, second, third):
+        model.scheduler.add(sequence)
+    model.step()
+    model.scheduler.release(second)
+    run(model)
+    assert (len(first.written), len(second.written), len(third.written)) == (2, 0, 2)
+
+
+def test_a_released_slot_keeps_its_tokens_unless_told_to_forget():
+    scheduler = fake().scheduler
+    model = FakeModel(scheduler, 8, 64)
+    one, two = (Sequence(i, prompt(4, start=i), max_tokens=9) for i in range(2))
+    scheduler.add(one)
+    scheduler.add(two)
+    model.step()
+    slots = one.slot, two.slot
+    scheduler.release(one)
+    scheduler.release(two, forget=True)
+    assert slots[0] is not None
+    assert slots[1] is not None
+    assert scheduler.slots[slots[0]].tokens
+    assert not scheduler.slots[slots[1]].tokens
+    assert scheduler.idle
+
+
+def test_the_queue_beyond_free_slots_is_counted():
+    scheduler = fake(n_slots=2).scheduler
+    for i in range(3):
+        assert scheduler.n_beyond_slots == 0
+        scheduler.add(Sequence(i, prompt(3, start=i), max_tokens=2))
+    assert scheduler.n_beyond_slots == 1
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_traces_compute_every_token_once_and_in_order(seed):
+    chance = random.Random(seed)
+    n_ctx = 160
+    model = fake(
+        n_slots=chance.randint(1, 5),
+        n_batch=chance.choice([5, 8, 33, 100]),
+        n_ctx=n_ctx,
+        share_prefixes=chance.random() < 0.8,
+        n_window=chance.choice([0, 0, 0, 20]),
+    )
+    stems = [tuple(chance.randrange(3) for _ in range(chance.choice([1, 50, 90]))) for _ in range(3)]
+    live: list[Sequence] = []
+    cancelled: set[int] = set()
+    admitted: list[object] = []
+    sequences: list[Sequence] = []
+    for turn in range(300):
+        if turn < 200 and chance.random() < 0.3:
+            tail = tuple(chance.randrange(3) for _ in range(chance.randint(1, 20)))
+            tokens = chance.choice(stems) + tail
+            sequence = Sequence(turn, tokens, max_tokens=chance.randint(1, min(30, n_ctx - len(tokens))))
+            model.scheduler.add(sequence)
+            live.append(sequence)
+            sequences.append(sequence)
+        if live and chance.random() < 0.1:
+            victim = live.pop(chance.randrange(len(live)))
+            slot = victim.slot
+            forget = chance.random() < 0.3
+            model.scheduler.release(victim, forget=forget)
+            cancelled.add(id(victim))
+            if slot is not None and (forget or not model.scheduler.share_prefixes):
+                model.cells[slot].clear()
+        for ended in model.step():
+            live.remove(ended)
+        for sequence in sequences:
+            if (sequence.slot is not None or sequence.written) and sequence.id not in admitted:
+                admitted.append(sequence.id)
+    run(model)
+    assert admitted == sorted(admitted), "first come, first admitted"
+    for sequence in sequences:
+        if id(sequence) in cancelled:
+            continue
+        assert len(sequence.written) == sequence.max_tokens
+        expected = len(sequence.prompt) - sequence.n_cached + sequence.max_tokens - 1
+        assert model.computed[sequence.id] == expected, "every token once"
