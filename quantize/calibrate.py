@@ -4,7 +4,7 @@ Owns who is asked next, the seeds, the temperatures and what is dropped. Text co
 engine's loop); nothing here knows llama.cpp or GGUF.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -31,9 +31,8 @@ Progress = Callable[[int, int], None]  # tokens kept, tokens wanted
 class Writer(Protocol):
     """What is needed of engine.loop.Loop."""
 
-    def submit(self, id: str, request: GenerationRequest) -> None: ...
-    def cancel(self, id: str) -> None: ...
-    def step(self) -> Sequence[tuple[str, Event | EngineError]]: ...
+    def submit(self, id: Hashable, request: GenerationRequest) -> None: ...
+    def step(self) -> Sequence[tuple[Hashable, Event | EngineError]]: ...
 
 
 class NoUsableText(QuantizeError):
@@ -116,25 +115,28 @@ class Talk:
         self.seen = seen
         for conversation in journal.accepted:
             self.seen.add(_opening(conversation))
-        self.flying: dict[str, Turn] = {}
+        self.flying: dict[Hashable, Turn] = {}
         self.taken = journal.numbers
         self.next_number = 0
         self.dropped_in_a_row = 0
         self.kept = sum(self._counted(conversation) for conversation in journal.accepted)
 
     def run(self, progress: Progress | None) -> None:
-        """Write until enough is kept; what is still in flight then is cancelled."""
-        while self.kept < self.plan.n_tokens:
-            while len(self.flying) < self.plan.n_parallel:
+        """Write until enough is kept. All that was begun is finished, or short answers would be favoured."""
+        while self.kept < self.plan.n_tokens or self.flying:
+            while len(self.flying) < self.plan.n_parallel and self._expected() < self.plan.n_tokens:
                 self._begin()
             for id, event in self.writer.step():
                 if id in self.flying:
                     self._take(id, event)
             if progress:
                 progress(min(self.kept, self.plan.n_tokens), self.plan.n_tokens)
-        for id in list(self.flying):
-            self.writer.cancel(id)
-        self.flying.clear()
+
+    def _expected(self) -> float:
+        """Tokens kept once all in flight have landed, if they fare as those before."""
+        landed = len(self.journal.accepted) + len(self.journal.rejected)
+        mean = self.kept / landed if landed >= self.plan.n_parallel else self.plan.max_answer / 2
+        return self.kept + mean * len(self.flying)
 
     def _begin(self) -> None:
         """Start the next number that the journal does not know."""
@@ -163,7 +165,7 @@ class Talk:
         self.flying[id] = turn
         self.writer.submit(id, GenerationRequest(prompt=prompt, sampling=sampling, max_tokens=cap))
 
-    def _take(self, id: str, event: Event | EngineError) -> None:
+    def _take(self, id: Hashable, event: Event | EngineError) -> None:
         turn = self.flying[id]
         if isinstance(event, Delta):
             turn.tokens.extend(event.tokens)

@@ -5,7 +5,7 @@ Opens the model for as long as texts are made. What a good conversation is, `cal
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from quantize.source import digest
 
 WINDOW = 512  # tokens of one sequence cut from a text file
 MIN_TEXT = 512  # tokens
+MIN_ANSWER = 32  # tokens
 MAX_TEXT_BYTES = 64 * 10**6
 Progress = Callable[[int, int], None]
 
@@ -62,6 +63,7 @@ def write_conversations(
     with Model.open(generator, n_gpu_layers=backend.n_gpu_layers) as model:
         frame = frame_of(model)
         around = sum(map(len, (frame.before, frame.between, frame.after))) if frame else 1
+        plan = fitted(plan, around, n_ctx_train=model.n_ctx_train, has_turns=frame is not None)
         n_ctx = around + plan.max_question + plan.max_answer + 8
         with _loop(model, n_ctx, plan.n_parallel, backend) as loop:
             converse(loop, frame, plan, journal, bos=model.bos_id, seen=seen, progress=progress)
@@ -78,14 +80,28 @@ def cut_text(source: Path, text: Path, out: Path, *, n_tokens: int, key: str, ba
     with Model.open(source, n_gpu_layers=backend.n_gpu_layers, vocab_only=True) as model:
         tokens = model.tokenize(content, add_special=False)
         bos = model.bos_id if model.adds_bos else None
+        size = min(WINDOW, model.n_ctx_train)
     if len(tokens) < MIN_TEXT:
         raise UnusableText(text, f"it has only {len(tokens)} tokens")
     out.unlink(missing_ok=True)
     journal = Journal.open(out, key=key)
-    for window in windows(tokens, size=WINDOW, limit=n_tokens, bos=bos):
+    for window in windows(tokens, size=size, limit=n_tokens, bos=bos):
         journal.add(window)
     used = sum(len(window.tokens) for window in journal.accepted)
-    return Written(f"windows of {WINDOW} tokens of {text.name}", len(journal.accepted), used, {}, digest(out))
+    return Written(f"windows of {size} tokens of {text.name}", len(journal.accepted), used, {}, digest(out))
+
+
+def fitted(plan: Plan, around: int, *, n_ctx_train: int, has_turns: bool) -> Plan:
+    """The plan with turns short enough for the context the model was trained for."""
+    room = n_ctx_train - around
+    question = min(plan.max_question, room // 3) if has_turns else 0
+    answer = min(plan.max_answer, room - question)
+    if answer < MIN_ANSWER:
+        raise QuantizeError(
+            f"the model reads {n_ctx_train} tokens and its template takes {around}, too few for a "
+            "conversation; use --calibration FILE with --eval-text"
+        )
+    return replace(plan, max_question=question, max_answer=answer)
 
 
 def read_text(path: Path) -> str:

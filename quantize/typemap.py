@@ -54,8 +54,8 @@ def fallback_warning(kind: str, fallbacks: Sequence[Fallback], types: TypeMap) -
     for fallback in fallbacks:
         swaps[fallback.wanted, fallback.given] = swaps.get((fallback.wanted, fallback.given), 0) + 1
     widths = ", ".join(str(width) for width in sorted({f.row_length for f in fallbacks}))
-    told = ", ".join(f"{count} of {wanted} became {given}" for (wanted, given), count in swaps.items())
+    told = ", ".join(f"{wanted} -> {given}: {count}" for (wanted, given), count in swaps.items())
     return (
-        f"{kind}: rows of {widths} values do not fill blocks of 256, so {len(fallbacks)} tensors fell back "
-        f"({told}); the file has {types.bits_per_weight:.2f} bits per weight"
+        f"{kind}: rows of {widths} values do not fill the blocks of its types, so tensors fell back ({told}); "
+        f"the file has {types.bits_per_weight:.2f} bits per weight"
     )

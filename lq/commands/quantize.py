@@ -32,7 +32,7 @@ def quantize(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="Store name; hf:ORG/NAME (pulled first); folder of a checkpoint; or an F32, F16 or BF16 GGUF.",
+            help="Store name; hf:ORG/NAME (pulled first); checkpoint folder; or an F32, F16 or BF16 GGUF.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the files and the report.")],
@@ -48,7 +48,7 @@ def quantize(
         typer.Option(
             "--calibration",
             metavar="self|none|FILE",
-            help="What importance is collected on: conversations the model writes itself, nothing, or a text file.",
+            help="What importance is collected on: chats the model writes itself, nothing, or a text file.",
         ),
     ] = "self",
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of all that the model writes.")] = 0,

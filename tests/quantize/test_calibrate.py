@@ -1,0 +1,235 @@
+"""Self-written conversations: who is asked, what is kept, what is dropped, and resuming. No model runs."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from engine.request import Delta, Done, EngineError, GenerationRequest
+from quantize.calibrate import TEMPERATURES, NoUsableText, Plan, converse
+from quantize.conversation import Conversation, Journal, Span, read, windows
+from quantize.errors import QuantizeError
+from quantize.filters import Seen, fault, repeated_share
+from quantize.frame import Frame, UnusableTemplate
+from quantize.measure import passages
+
+END = 2
+FRAME = Frame(before=(1, 10), between=(END, 11), after=(END, 12))
+PLAN = Plan("calibration", 7, 60, n_parallel=3)
+
+
+@dataclass
+class FakeWriter:
+    """Answers each request in one step with what `say` makes of it; tokens None means it never ends."""
+
+    say: object = None
+    requests: dict[str, GenerationRequest] = field(default_factory=dict)
+    waiting: list[str] = field(default_factory=list)
+    most: int = 0
+
+    def submit(self, id, request):
+        assert id not in self.requests
+        self.requests[id] = request
+        self.waiting.append(id)
+        self.most = max(self.most, len(self.waiting))
+
+    def step(self):
+        id = self.waiting.pop(0)
+        number, turn = (int(part) for part in id.split("-")[1:])
+        tokens = self.say(number, turn) if self.say else [100 + number, 200 + turn, 300 + number, 400]
+        ended = tokens is not None
+        tokens = tokens or [1, 2, 3]
+        done = Done("stop" if ended else "length", 1, len(tokens), stop_token=END if ended else None)
+        text = Delta(" ".join(map(str, tokens)), tuple(tokens))
+        return [(id, text), (id, done)]
+
+
+def run(tmp_path, writer, *, frame=FRAME, plan=PLAN, key="k", **options):
+    journal = Journal.open(tmp_path / "talk.jsonl", key=key)
+    converse(writer, frame, plan, journal, **options)
+    return journal
+
+
+def test_question_is_written_after_the_open_turn_and_answered_within_the_template(tmp_path):
+    writer = FakeWriter()
+    journal = run(tmp_path, writer)
+    assert writer.requests["calibration-0-0"].prompt == FRAME.before
+    assert writer.requests["calibration-0-1"].prompt == (1, 10, 100, 200, 300, 400, END, 11)
+    first = next(c for c in journal.accepted if c.number == 0)
+    assert first.tokens == (1, 10, 100, 200, 300, 400, END, 11, 100, 201, 300, 400, END, 12)
+    roles = [(span.role, span.n_tokens) for span in first.spans]
+    assert roles == [("template", 2), ("user", 4), ("template", 2), ("assistant", 5), ("template", 1)]
+    assert list(first.positions("assistant")) == [8, 9, 10, 11, 12]
+
+
+def test_temperatures_are_mixed_and_questions_are_asked_warm(tmp_path):
+    writer = FakeWriter()
+    run(tmp_path, writer)
+    answers = {writer.requests[f"calibration-{n}-1"].sampling.temperature for n in range(4)}
+    questions = {writer.requests[f"calibration-{n}-0"].sampling.temperature for n in range(4)}
+    assert answers == set(TEMPERATURES)
+    assert min(questions) == 1.0
+
+
+def test_seeds_of_calibration_and_evaluation_are_disjoint():
+    def seeds(purpose):
+        plan = Plan(purpose, 3, 100)
+        return {plan.request_seed(number, turn) for number in range(5000) for turn in (0, 1)}
+
+    assert len(seeds("calibration")) == 10_000
+    assert not seeds("calibration") & seeds("evaluation")
+
+
+def test_it_writes_side_by_side_until_enough_is_kept_and_finishes_what_it_began(tmp_path):
+    writer = FakeWriter()
+    plan = Plan("calibration", 7, 1000, n_parallel=3)
+    journal = run(tmp_path, writer, plan=plan)
+    assert 1000 <= sum(len(c.tokens) for c in journal.accepted) < 1000 + 3 * 14
+    assert writer.most == plan.n_parallel
+    assert not writer.waiting
+    begun = {int(id.split("-")[1]) for id in writer.requests}
+    assert journal.numbers == begun
+
+
+def test_bad_turns_are_dropped_and_counted_by_reason(tmp_path):
+    loop = [5, 6] * 30
+
+    def say(number, turn):
+        bad = {(0, 0): None, (1, 0): [9], (2, 0): loop, (3, 1): None, (4, 1): loop, (5, 1): []}
+        return bad.get((number, turn), [100 + number, 200 + turn, 300 + number, 400])
+
+    writer = FakeWriter(lambda n, t: [9] if (n, t) == (5, 1) else say(n, t))
+    journal = run(tmp_path, writer)
+    assert journal.reasons() == {
+        "endless question": 1,
+        "empty question": 1,
+        "repetitive question": 1,
+        "endless answer": 1,
+        "repetitive answer": 1,
+        "empty answer": 1,
+    }
+    assert not {0, 1, 2, 3, 4, 5} & {c.number for c in journal.accepted}
+
+
+def test_the_same_question_is_asked_once_also_across_calibration_and_evaluation(tmp_path):
+    seen = Seen()
+    seen.add(list(range(50, 70)))
+
+    def say(number, turn):
+        if turn == 0 and number in (0, 1):
+            return list(range(50, 70 if number == 0 else 69))  # held already, and nearly so
+        if turn == 0 and number in (2, 3):
+            return [7, 8, 9, 10]
+        return [100 + number, 200 + turn, 300 + number, 400]
+
+    journal = run(tmp_path, FakeWriter(say), seen=seen)
+    assert journal.reasons() == {"duplicate question": 3}
+
+
+def test_a_model_that_writes_nothing_usable_is_told_so(tmp_path):
+    with pytest.raises(NoUsableText, match=r"200 empty question.*--calibration FILE or none"):
+        run(tmp_path, FakeWriter(lambda *_: [9]))
+
+
+def test_a_base_model_writes_plain_text_from_bos(tmp_path):
+    writer = FakeWriter(lambda number, _: None if number % 2 else [100 + number, 5, 300 + number])
+    journal = run(tmp_path, writer, frame=None, bos=1)
+    assert writer.requests["calibration-0-0"].prompt == (1,)
+    assert {c.spans[0] for c in journal.accepted} == {Span("template", 1)}
+    assert all(c.tokens[0] == 1 and c.count("assistant") == 3 for c in journal.accepted)
+
+
+def test_without_template_and_bos_there_is_nothing_to_begin_from(tmp_path):
+    with pytest.raises(QuantizeError, match="neither a chat template nor a BOS"):
+        run(tmp_path, FakeWriter(), frame=None, bos=None)
+
+
+def test_an_engine_error_is_not_swallowed(tmp_path):
+    class Failing(FakeWriter):
+        def step(self):
+            return [(self.waiting.pop(0), EngineError("the cache is gone"))]
+
+    with pytest.raises(EngineError, match="the cache is gone"):
+        run(tmp_path, Failing())
+
+
+def test_an_interrupted_run_goes_on_with_the_numbers_that_are_missing(tmp_path):
+    class Interrupted(FakeWriter):
+        def step(self):
+            if len(self.requests) > 6:
+                raise KeyboardInterrupt
+            return super().step()
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Interrupted())
+    before = read(tmp_path / "talk.jsonl")
+    assert before
+    with (tmp_path / "talk.jsonl").open("a") as file:
+        file.write('{"number": 99, "seed"')  # killed while writing
+    writer = FakeWriter()
+    journal = run(tmp_path, writer)
+    assert {c.number for c in before} < journal.numbers
+    assert not {f"calibration-{c.number}-0" for c in before} & set(writer.requests)
+    whole = run(tmp_path / "other", FakeWriter())
+    assert {c.number: c.tokens for c in read(journal.path)} == {c.number: c.tokens for c in whole.accepted}
+
+
+def test_a_file_of_another_key_is_begun_anew(tmp_path):
+    run(tmp_path, FakeWriter(), key="old")
+    journal = Journal.open(tmp_path / "talk.jsonl", key="new")
+    assert not journal.numbers
+    assert read(journal.path) == []
+
+
+def test_junk_in_place_of_the_file_is_begun_anew_and_never_read_as_conversations(tmp_path):
+    path = tmp_path / "talk.jsonl"
+    path.write_bytes(b"\xff\xfe not json\n")
+    with pytest.raises(QuantizeError, match="not a conversation file"):
+        read(path)
+    assert not Journal.open(path, key="k").accepted
+
+
+def test_loops_are_told_from_text_by_their_repeated_grams():
+    assert repeated_share([1, 2, 3, 4, 5, 6, 7, 8]) == 0
+    assert repeated_share([1, 2] * 20) > 0.9
+    assert fault([1, 2] * 20, "x", ended=True) == "repetitive"
+    assert fault(list(range(40)), "x", ended=True) is None
+    assert fault([1, 2] * 5, "x", ended=True) is None  # too short to call a loop
+    assert fault([1, 2, 3, 4], "  \n", ended=True) == "empty"
+
+
+def test_template_is_cut_into_three_at_the_two_turns():
+    template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    frame = Frame.of(template, lambda s: [ord(c) for c in s], bos_token="^", eos_token="$", add_bos=94)
+    told = ["".join(map(chr, part)) for part in (frame.before, frame.between, frame.after)]
+    assert told == ["^[user]", "[end][assistant]", "[end]"]
+
+
+def test_bos_is_added_only_where_the_template_lacks_it():
+    template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    frame = Frame.of(template, lambda s: [ord(c) for c in s], bos_token="", eos_token="", add_bos=94)
+    assert frame.before == (94, ord("<"))
+
+
+def test_template_without_the_answer_is_refused():
+    template = "{% for m in messages %}{% if m.role == 'user' %}<{{ m.content }}>{% endif %}{% endfor %}"
+    with pytest.raises(UnusableTemplate, match="does not print the assistant's message"):
+        Frame.of(template, lambda s: [ord(c) for c in s], bos_token="", eos_token="", add_bos=None)
+
+
+def test_windows_spread_over_the_text_and_carry_bos():
+    cut = windows(list(range(100, 200)), size=11, limit=33, bos=1)
+    assert [(w.tokens[0], w.tokens[1], len(w.tokens)) for w in cut] == [
+        (1, 100, 11),
+        (1, 130, 11),
+        (1, 160, 11),
+    ]
+    assert windows([5, 6, 7], size=512, limit=512, bos=None) == []
+
+
+def test_of_a_text_the_second_half_of_each_window_is_scored():
+    text = Conversation(0, 0, 0.0, tuple(range(10)), (Span("text", 10),))
+    assert passages([text], "text")[0].positions == (5, 6, 7, 8, 9)
+    assert passages([text], "assistant") == []
