@@ -4,7 +4,7 @@ import sqlite3
 from pathlib import Path
 
 from rag import lexical, vectors
-from rag.store import Database
+from rag.store import LEXICAL, Database
 from rag.vectors import VectorIndex
 
 _UNEMBEDDED = "hash NOT IN (SELECT hash FROM vectors)"
@@ -71,6 +71,7 @@ def _rewrite_words(database: Database) -> int:
         for one, heading, text in chunks
     ]
     with database.transaction() as sql:
-        sql.execute("INSERT INTO lexical (lexical) VALUES ('delete-all')")
+        sql.execute("DROP TABLE lexical")
+        sql.execute(LEXICAL)
         sql.executemany("INSERT INTO lexical (rowid, heading, body) VALUES (?, ?, ?)", rows)
     return len(rows)

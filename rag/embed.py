@@ -4,6 +4,7 @@ Owns prefixes, batches, lengths and the token spans that chunks are cut by. Know
 """
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -35,35 +36,31 @@ class UnusableEmbedder(RagError):
 
 
 class Embedder:
-    """One loaded model. Use from one thread at a time."""
+    """One model, loaded at first use (seconds); the fingerprint needs no loading. One thread at a time."""
 
-    def __init__(self, model: "SentenceTransformer", tokenizer: "Tokenizer", *, name: str, mark: str) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
+    def __init__(self, path: Path, *, name: str) -> None:
+        self.path = path
         self.name = name
-        self.fingerprint = mark
-        self.dimension = int(model.get_embedding_dimension() or 0)
-        self.max_tokens = min(int(model.max_seq_length or MAX_TOKENS), MAX_TOKENS)
+        self.fingerprint = fingerprint.of_folder(path)
 
     @classmethod
     def load(cls, path: Path, *, name: str | None = None) -> "Embedder":
-        """The embedder in a folder; UnusableEmbedder says what is wrong with it."""
+        """The embedder in a folder; UnusableEmbedder, here or at first use, says what is wrong with it."""
         path = Path(path)
         if not path.is_dir():
             raise UnusableEmbedder(path, "it is no folder")
-        with _quiet():
-            import torch
-            from sentence_transformers import SentenceTransformer
+        if not (path / "modules.json").is_file() and not (path / "config.json").is_file():
+            raise UnusableEmbedder(path, "it has neither modules.json nor config.json")
+        return cls(path, name=name or path.name)
 
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            try:
-                model = SentenceTransformer(
-                    str(path), device=device, local_files_only=True, model_kwargs={"use_safetensors": True}
-                )
-            except Exception as error:  # the libraries raise every kind, down to bare KeyErrors
-                reason = " ".join(str(error).split())[:300] or type(error).__name__
-                raise UnusableEmbedder(path, reason) from error
-        return cls(model, _tokenizer(model, path), name=name or path.name, mark=fingerprint.of_folder(path))
+    @property
+    def dimension(self) -> int:
+        return int(self._model.get_embedding_dimension() or 0)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that the model reads at once, special ones and prefix included."""
+        return min(int(self._model.max_seq_length or MAX_TOKENS), MAX_TOKENS)
 
     def documents(self, texts: Sequence[str], progress: Progress | None = None) -> np.ndarray:
         """(n, dimension) float32 of length 1, with the prefix that the model wants for documents."""
@@ -93,6 +90,35 @@ class Embedder:
         tokens = self._tokenizer.encode(_KOREAN, add_special_tokens=False).tokens
         return len(tokens) <= len(_KOREAN) and not {"[UNK]", "<unk>"}.intersection(tokens)
 
+    @functools.cached_property
+    def _model(self) -> "SentenceTransformer":
+        with _quiet():
+            import torch
+            from sentence_transformers import SentenceTransformer
+
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            options = {"use_safetensors": True}
+            try:
+                return SentenceTransformer(
+                    str(self.path), device=device, local_files_only=True, model_kwargs=options
+                )
+            except Exception as error:  # the libraries raise every kind, down to bare KeyErrors
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                raise UnusableEmbedder(self.path, reason) from error
+
+    @functools.cached_property
+    def _tokenizer(self) -> "Tokenizer":
+        """A copy of our own that neither cuts nor pads."""
+        from tokenizers import Tokenizer
+
+        backend = getattr(self._model.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UnusableEmbedder(self.path, "its tokenizer has no tokenizer.json")
+        copy = Tokenizer.from_str(backend.to_str())
+        copy.no_truncation()
+        copy.no_padding()
+        return copy
+
     @property
     def _prefix(self) -> str:
         return self._model.prompts.get("document") or ""
@@ -118,19 +144,6 @@ class Embedder:
         if not np.isfinite(vectors).all():
             raise RagError(f"the embedder {self.name!r} wrote vectors that are not numbers; pull it again")
         return vectors
-
-
-def _tokenizer(model: "SentenceTransformer", path: Path) -> "Tokenizer":
-    """A copy of our own that neither cuts nor pads."""
-    from tokenizers import Tokenizer
-
-    backend = getattr(model.tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise UnusableEmbedder(path, "its tokenizer has no tokenizer.json")
-    copy = Tokenizer.from_str(backend.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    return copy
 
 
 @contextlib.contextmanager

@@ -38,7 +38,9 @@ class DocumentEmbedder(Protocol):
 
     fingerprint: str
     name: str
-    dimension: int
+
+    @property
+    def dimension(self) -> int: ...
 
     @property
     def window_tokens(self) -> int: ...

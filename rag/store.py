@@ -22,6 +22,7 @@ FILE_NAME = "collection.sqlite"
 SCHEMA_VERSION = 1
 VECTOR = np.dtype("<f2")  # float16: half the bytes; recall is the same, see docs/log.md
 
+LEXICAL = f"CREATE VIRTUAL TABLE lexical USING fts5 (heading, body, tokenize = '{TOKENIZE}')"
 _SCHEMA = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE files (
@@ -38,7 +39,7 @@ CREATE TABLE windows (
 CREATE INDEX windows_of_chunk ON windows (chunk_id);
 CREATE INDEX windows_of_hash ON windows (hash);
 CREATE TABLE vectors (hash BLOB PRIMARY KEY, vector BLOB NOT NULL) WITHOUT ROWID;
-CREATE VIRTUAL TABLE lexical USING fts5 (heading, body, tokenize = '{TOKENIZE}');
+{LEXICAL};
 CREATE TRIGGER forget_words AFTER DELETE ON chunks BEGIN DELETE FROM lexical WHERE rowid = old.id; END;
 PRAGMA user_version = {SCHEMA_VERSION};
 """
