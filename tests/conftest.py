@@ -18,6 +18,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+# Idle OpenMP threads sleep instead of spinning: several engines and torch share the cores in these tests, and
+# spinning makes each of them ten times slower (docs/log.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 
 def fetched(path: Path) -> Path:
     """The path, or a failure that says how to get it."""

@@ -1,0 +1,174 @@
+"""`lq demo`: the whole way once, on what the repository carries, to an answer with its source."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from models.store import Store
+    from rag.ingest import IndexReport
+    from server.settings import Model
+
+COLLECTION = "handbook"
+MODEL = "smollm2-135m-instruct"
+EMBEDDER = "all-minilm-l6-v2"
+#: The documents lie beside the packages in a checkout, inside this one in an installed wheel.
+EXAMPLES = (Path(__file__).parents[2] / "examples", Path(__file__).parents[1] / "examples")
+
+
+class DemoFailed(Exception):
+    """The demonstration cannot run or did not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked, the text that a correct answer holds, and the file that says so."""
+
+    question: str
+    answer: str
+    file: str
+
+
+def register(app: typer.Typer) -> None:
+    """Add `lq demo`."""
+    app.command()(demo)
+
+
+def demo(
+    once: Annotated[bool, typer.Option("--once", help="Exit after the answer; else keep serving.")] = False,
+    port: Annotated[
+        int, typer.Option(metavar="P", min=0, max=65535, help="Port on 127.0.0.1; 0: any.")
+    ] = 8000,
+) -> None:
+    """Pull the default model, index the example handbook, serve both and answer one question."""
+    from models.store import Store
+    from server.run import serve
+    from server.settings import HTTP, Settings, with_models
+
+    examples = example_folder()
+    question = demo_question(examples)
+    store = Store.default()
+    model = prepared_model(store)
+    report = indexed(store, examples / "handbook")
+    print(f"indexed {report.chunks} passages of {len(list((examples / 'handbook').iterdir()))} documents")
+    settings = with_models(Settings(server=HTTP(port=port)), {MODEL: model})
+    outcome: list[DemoFailed] = []
+
+    def ready(url: str, _service: Any) -> None:
+        threading.Thread(target=answer_and_go_on, args=(url, question, once, outcome), daemon=True).start()
+
+    serve(settings, store=store, ready=ready)
+    if outcome:
+        raise outcome[0]
+
+
+def example_folder() -> Path:
+    """Where the example documents are."""
+    for folder in EXAMPLES:
+        if (folder / "handbook").is_dir():
+            return folder
+    raise DemoFailed(f"the example documents are not at {EXAMPLES[0]}; run the demo from a checkout of lq")
+
+
+def prepared_model(store: Store) -> Model:
+    """The embedded default, pulled and quantized for this machine's fastest kernels."""
+    from lq.progress import transfer_progress
+    from server.settings import Model
+
+    with transfer_progress() as progress:
+        path = store.resolve_or_pull(MODEL, progress=progress)
+    return Model(model=str(path))
+
+
+def indexed(store: Store, documents: Path) -> IndexReport:
+    """The collection of the example documents; a rerun embeds nothing."""
+    from lq.commands.index import load_embedder
+    from rag.ingest import index
+
+    embedder = load_embedder(store, EMBEDDER)
+    return index(store.root / "collections" / COLLECTION, [documents], embedder=embedder)
+
+
+def demo_question(examples: Path) -> Question:
+    """The one question of examples/questions.json that is marked for the demonstration."""
+    entries = json.loads((examples / "questions.json").read_text("utf-8"))
+    (entry,) = (entry for entry in entries if entry.get("demo"))
+    return Question(entry["question"], entry["answer"], entry["file"])
+
+
+def answer_and_go_on(url: str, question: Question, once: bool, outcome: list[DemoFailed]) -> None:
+    """Ask and print; then say how to go on, or end the process's serving."""
+    try:
+        print(f"\nquestion  {question.question}", flush=True)
+        show(ask(url, question.question))
+        if not once:
+            print(how_to_go_on(url, question.question), flush=True)
+    except DemoFailed as error:
+        outcome.append(error)
+    if once or outcome:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def ask(url: str, question: str) -> dict[str, Any]:
+    """The chat completion, asked as any OpenAI client would."""
+    import httpx
+
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": question}],
+        "collection": COLLECTION,
+        "prompt": "grounded",
+        "temperature": 0,
+        "max_tokens": 80,
+    }
+    started = time.perf_counter()
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300)
+    if response.status_code != 200:
+        raise DemoFailed(f"the server answered {response.status_code}: {response.text[:500]}")
+    return response.json() | {"seconds": time.perf_counter() - started}
+
+
+def show(completion: dict[str, Any]) -> None:
+    """The answer, then the sources it was given, best first."""
+    message = completion["choices"][0]["message"]
+    print(f"answer    {' '.join(message['content'].split())}")
+    for source in message["sources"]:
+        page = f", page {source['page']}" if source.get("page") else ""
+        heading = f", {source['heading']}" if source.get("heading") else ""
+        span = f"characters {source['start']}-{source['end']}"
+        print(f"source    [{source['index']}] {source['file']}{page}{heading} ({span})")
+    usage = completion["usage"]
+    print(
+        f"          {usage['prompt_tokens']} prompt tokens, {usage['completion_tokens']} written, "
+        f"{completion['seconds']:.1f} s",
+        flush=True,
+    )
+
+
+def how_to_go_on(url: str, question: str) -> str:
+    """Ready-to-paste calls."""
+    body = json.dumps(
+        {"model": MODEL, "collection": COLLECTION, "messages": [{"role": "user", "content": question}]}
+    )
+    return f"""
+The server keeps running at {url}/v1 (API: {url}/docs). Ask it yourself:
+
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'
+
+  from openai import OpenAI
+  client = OpenAI(base_url="{url}/v1", api_key="none")
+  answer = client.chat.completions.create(
+      model="{MODEL}", messages=[{{"role": "user", "content": "{question}"}}],
+      extra_body={{"collection": "{COLLECTION}"}})
+  print(answer.choices[0].message.content)
+
+Ctrl-C stops it."""
