@@ -83,6 +83,8 @@ async def _serve(
         elif server.should_exit:
             server.force_exit = True
         else:
+            # Streams that outlive the drain are cut; uvicorn would log a traceback for each.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             server.should_exit = True
 
     _on_signals(stop)
@@ -96,6 +98,7 @@ async def _serve(
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 timeout_graceful_shutdown=int(settings.server.drain_s),
             )
             server = _Server(config, lambda: ready(_url(listener), service))

@@ -94,7 +94,7 @@ def _embedder_loader(store: Store) -> Callable[[str], Embedder]:
     def load(name: str) -> Embedder:
         from rag.embed import Embedder as LocalEmbedder
 
-        return LocalEmbedder.load(store.resolve_embedder(name))
+        return LocalEmbedder.load(store.resolve_embedder(name), name=name)
 
     return load
 

@@ -40,7 +40,7 @@ class FakeEngine:
         self.alive = True
         self.pid = 1
         self.info = EngineInfo(
-            n_ctx=2000, n_parallel=4, n_ctx_train=2000, n_vocab=258, n_embd=8, n_params=10, size_bytes=10,
+            n_ctx=4000, n_parallel=4, n_ctx_train=4000, n_vocab=258, n_embd=8, n_params=10, size_bytes=10,
             architecture="fake", description="fake 10", chat_template=TEMPLATE, bos_token="", eos_token="",
             bos_id=None, eos_id=None, eot_id=None, add_bos=False, gpu=None, n_threads=1,
         )  # fmt: skip

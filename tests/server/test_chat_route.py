@@ -131,7 +131,7 @@ def test_an_assistant_answers_by_its_name_with_its_prompt_and_defaults(build):
     house.chat("Fine.", model="mood", temperature=1.5)
     assert house.engine.requests[-1].sampling.temperature == 1.5
     listed = house.call("GET", "/v1/models/mood").json()
-    assert (listed["kind"], listed["base"], listed["n_ctx"]) == ("assistant", "fake", 2000)
+    assert (listed["kind"], listed["base"], listed["n_ctx"]) == ("assistant", "fake", 4000)
 
 
 def test_a_prompt_of_the_request_takes_history_and_the_clients_system_text(house):
@@ -179,10 +179,10 @@ def test_an_error_in_the_middle_of_a_stream_is_a_frame_without_done(house):
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(house):
-    error = house.chat("x" * 3000).json()["error"]
+    error = house.chat("x" * 5000).json()["error"]
     assert error["code"] == "context_length_exceeded"
-    assert error["n_ctx"] == 2000
-    assert error["n_prompt_tokens"] > 3000
+    assert error["n_ctx"] == 4000
+    assert error["n_prompt_tokens"] > 5000
 
 
 def test_an_error_that_nobody_foresaw_tells_nothing_and_logs_no_text(house, caplog):

@@ -88,12 +88,12 @@ def test_an_assistant_of_an_unknown_collection_stops_the_start(build, shelf):
 
 
 def test_fewer_passages_rather_than_an_overflow_and_never_without_the_question(build):
-    long = Shelf([passage(number, f"{number}" * 400) for number in range(1, 8)])
+    long = Shelf([passage(number, f"{number}" * 800) for number in range(1, 8)])
     house = build(retriever=long)
     answer = house.chat("Which?", collection="keys", passages=7, max_tokens=100)
     sources = answer.json()["choices"][0]["message"]["sources"]
     assert 0 < len(sources) < 7
-    assert len(house.engine.requests[-1].prompt) <= 1900
+    assert len(house.engine.requests[-1].prompt) <= 3900
     assert "Question: Which?" in house.prompt()
     assert f"[{len(sources)}] Title" in house.prompt()
     assert f"[{len(sources) + 1}] Title" not in house.prompt()
@@ -101,7 +101,7 @@ def test_fewer_passages_rather_than_an_overflow_and_never_without_the_question(b
 
 def test_a_question_that_leaves_no_room_keeps_itself_and_loses_the_passages(build, shelf):
     house = build(retriever=shelf)
-    sources = house.chat("q" * 1400, collection="keys").json()["choices"][0]["message"]["sources"]
+    sources = house.chat("q" * 3000, collection="keys").json()["choices"][0]["message"]["sources"]
     assert sources == []
     assert "(no source matches)" in house.prompt()
 
