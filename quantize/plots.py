@@ -9,13 +9,17 @@ from collections.abc import Sequence
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.transforms import Bbox
 
 from quantize.report import FileReport, Report
 
 INK, ACCENT, OTHER = "#1d2733", "#c2410c", "#2563eb"
-#: Where the labels of neighbouring points go, in turn, so that they do not lie upon each other.
-OFFSETS = ((7, 7), (7, -14))
+#: Where a label may stand beside its point, in points of 1/72 inch, best first.
+PLACES = tuple(
+    (right, up) for right in (9, 30, -45, 55, -75, 85) for up in (5, -13, 20, -28, 36, -44, 52, -60)
+)
 
 
 def divergence_figure(report: Report) -> Figure | None:
@@ -32,15 +36,16 @@ def divergence_figure(report: Report) -> Figure | None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
-    for i, (label, colour, points) in enumerate(drawn):
+    for label, colour, points in drawn:
         sizes = [file.types.size_bytes / 1e6 for file, _ in points]
         means = [max(d.kl.mean, 1e-7) for _, d in points]
         errors = [min(d.kl.standard_error or 0.0, 0.9 * m) for (_, d), m in zip(points, means, strict=True)]
         axes.errorbar(sizes, means, errors, fmt="o", ms=6, capsize=3, color=colour, label=label)
-        if i == 0:
-            _label(axes, [file for file, _ in points], sizes, means)
     axes.legend(frameon=False, loc="upper right")
     axes.set_title(f"{report.source.name}: divergence against size", loc="left", color=INK)
+    points = drawn[0][2]
+    means = [max(d.kl.mean, 1e-7) for _, d in points]
+    _label(axes, [file for file, _ in points], [f.types.size_bytes / 1e6 for f, _ in points], means)
     return figure
 
 
@@ -50,7 +55,6 @@ def speed_figure(report: Report) -> Figure:
     sizes = [file.types.size_bytes / 1e6 for file in report.files]
     speeds = [file.speed.decode for file in report.files]
     axes.plot(sizes, speeds, "o", ms=6, color=OTHER)
-    _label(axes, report.files, sizes, speeds)
     source = report.source
     axes.axhline(source.speed.decode, color=INK, lw=1, ls="--")
     note = f"source ({source.format}, {source.types.size_bytes / 1e6:.0f} MB)"
@@ -60,6 +64,7 @@ def speed_figure(report: Report) -> Figure:
     )  # fmt: skip
     axes.set_ylim(0, 1.15 * max([*speeds, source.speed.decode]))
     axes.set_title(f"{source.name}: speed against size", loc="left", color=INK)
+    _label(axes, report.files, sizes, speeds)
     return figure
 
 
@@ -89,10 +94,37 @@ def _figure(ylabel: str):
 
 
 def _label(axes, files: Sequence[FileReport], xs: Sequence[float], ys: Sequence[float]) -> None:
-    """Name each point, above and below in turn along the axis."""
-    order = sorted(range(len(files)), key=lambda i: (xs[i], ys[i]))
-    for turn, i in enumerate(order):
-        axes.annotate(
-            files[i].type, (xs[i], ys[i]), xytext=OFFSETS[turn % 2], textcoords="offset points",
-            fontsize=9, color=INK,
+    """Name each point where its label hits no other label and no point; a line leads to those further off."""
+    canvas = FigureCanvasAgg(axes.figure)
+    canvas.draw()  # lays the axes out, so that points have places in pixels
+    dots = [line.get_xydata() for line in axes.lines if line.get_marker() == "o"]
+    points = [(x, y) for line in dots for x, y in line]
+    taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in axes.transData.transform(points)]
+    taken += [Text.get_window_extent(text, canvas.get_renderer()) for text in axes.texts]
+    for i in sorted(range(len(files)), key=lambda i: -xs[i]):
+        taken.append(_place(axes, files[i].type, (xs[i], ys[i]), taken, canvas))
+
+
+def _place(axes, text: str, point: tuple[float, float], taken: Sequence[Bbox], canvas) -> Bbox:
+    """Put one label at the first free place, the last if none is; returns the box it fills."""
+    box = Bbox.null()
+    for place in PLACES:
+        far = place not in PLACES[:2]
+        label = axes.annotate(
+            text, point, xytext=place, textcoords="offset points", fontsize=9, color=INK,
+            arrowprops={"arrowstyle": "-", "color": INK, "lw": 0.5, "alpha": 0.5} if far else None,
         )  # fmt: skip
+        label.set_in_layout(False)
+        label.update_positions(canvas.get_renderer())
+        box = Text.get_window_extent(label, canvas.get_renderer()).padded(2)
+        inside = (
+            axes.bbox.x0 <= box.x0
+            and box.x1 <= axes.figure.bbox.x1
+            and axes.bbox.y0 <= box.y0
+            and box.y1 <= axes.bbox.y1
+        )
+        if inside and not any(box.overlaps(other) for other in taken):
+            return box
+        if place != PLACES[-1]:
+            label.remove()
+    return box

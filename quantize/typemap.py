@@ -56,6 +56,6 @@ def fallback_warning(kind: str, fallbacks: Sequence[Fallback], types: TypeMap) -
     widths = ", ".join(str(width) for width in sorted({f.row_length for f in fallbacks}))
     told = ", ".join(f"{wanted} -> {given}: {count}" for (wanted, given), count in swaps.items())
     return (
-        f"{kind}: rows of {widths} values do not fill the blocks of its types, so tensors fell back ({told}); "
+        f"{kind}: rows of {widths} values do not fill its types' blocks, so tensors fell back ({told}); "
         f"the file has {types.bits_per_weight:.2f} bits per weight"
     )
