@@ -35,7 +35,7 @@ def of_folder(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in _files(folder):
         digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
-        digest.update(_settings(path) if path.name.endswith("config.json") else _hash(path))
+        digest.update(_settings(path) if path.suffix == ".json" else _hash(path))
     return digest.hexdigest()[:16]
 
 

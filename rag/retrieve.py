@@ -17,7 +17,7 @@ from rag.vectors import VectorIndex
 #: Candidates that each side brings at least.
 POOL = 60
 #: Share of the vector side; chosen by nDCG@10 on Cranfield (benchmarks/cranfield.py, docs/log.md).
-VECTOR_WEIGHT = 0.6
+VECTOR_WEIGHT = 0.8
 #: A heading's words count more than the body's.
 HEADING_WEIGHT = 1.5
 

@@ -65,8 +65,10 @@ def test_k_passages_come_best_first(collection, embedder):
         "?!",
         "☃",
         " ",
-    ]
-    + ["word " * 20_000, "\x00null", "OR"],
+        "word " * 20_000,
+        "\x00null",
+        "OR",
+    ],
 )
 def test_operators_of_full_text_search_in_a_question_are_data(collection, embedder, question):
     collection.search(question, k=2, embedder=embedder)
