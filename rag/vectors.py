@@ -86,6 +86,9 @@ class VectorIndex:
 
     def search(self, query: np.ndarray, k: int) -> list[tuple[int, float]]:
         """(window id, cosine) of the k nearest to a (dimension,) vector, nearest first."""
+        import faiss
+
+        faiss.omp_set_num_threads(1)  # one question is one scan; waking threads costs more on a busy machine
         scores, ids = self._index.search(query[None].astype(np.float32), max(1, min(k, len(self))))
         return [(int(one), float(score)) for one, score in zip(ids[0], scores[0], strict=True) if one >= 0]
 
