@@ -35,6 +35,10 @@ class UnusableEmbedder(RagError):
         )
 
 
+#: Longer texts are tokenized in pieces: one call for 10 MB of dots takes 5.4 GB, in pieces it takes 1.4.
+_PIECE_CHARACTERS = 50_000
+
+
 class Embedder:
     """One model, loaded at first use (seconds); the fingerprint needs no loading. One thread at a time."""
 
@@ -72,8 +76,14 @@ class Embedder:
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Character spans of the tokens of a text of any length, ascending, without special tokens."""
-        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
-        return [span for span in offsets if span[1] > span[0]]
+        result: list[tuple[int, int]] = []
+        start = 0
+        while start < len(text):
+            end = _piece_end(text, start)
+            offsets = self._tokenizer.encode(text[start:end], add_special_tokens=False).offsets
+            result += [(start + first, start + last) for first, last in offsets if last > first]
+            start = end
+        return result
 
     def count_tokens(self, text: str) -> int:
         """Tokens that the model reads for a document, special ones and prefix included."""
@@ -162,3 +172,12 @@ def _quiet() -> Iterator[None]:
             logging.set_verbosity(level)
             if bars:
                 logging.enable_progress_bar()
+
+
+def _piece_end(text: str, start: int) -> int:
+    """Where the piece that begins at `start` ends: before a space or line break where there is one."""
+    end = start + _PIECE_CHARACTERS
+    if end >= len(text):
+        return len(text)
+    cut = max(text.rfind(" ", start + 1, end), text.rfind("\n", start + 1, end))
+    return cut if cut > start else end

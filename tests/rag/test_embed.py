@@ -71,3 +71,17 @@ def test_a_question_in_other_words_finds_its_passage(minilm, tmp_path):
     ]
     collection.close()
     assert found == ["leave.txt", "보증.txt"]
+
+
+def test_long_texts_are_tokenized_in_pieces_with_the_same_spans(minilm_dir, monkeypatch):
+    embedder = Embedder.load(minilm_dir)
+    text = "The tide table hangs in the wheelhouse; nobody reads it.\n" * 40
+    whole = embedder.spans(text)
+    monkeypatch.setattr("rag.embed._PIECE_CHARACTERS", 97)
+    assert embedder.spans(text) == whole
+
+
+def test_a_long_text_without_spaces_is_covered_from_end_to_end(minilm_dir, monkeypatch):
+    monkeypatch.setattr("rag.embed._PIECE_CHARACTERS", 50)
+    spans = Embedder.load(minilm_dir).spans("." * 333)
+    assert [start for start, _ in spans] == list(range(333))
