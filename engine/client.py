@@ -24,9 +24,11 @@ from engine.request import (
     EngineUnavailable,
     Event,
     GenerationRequest,
+    check_text,
 )
 
-RESTART_PAUSE_S = 1.0  # between two starts that failed
+RESTART_PAUSE_S = 1.0  # between two starts that failed, doubled each time
+MAX_RESTART_PAUSE_S = 30.0
 RESTART_WAIT_S = 60.0  # a request waits this long for a restart
 _COUNTERS = (
     "requests_total",
@@ -64,10 +66,12 @@ class Engine:
         self._past: dict[str, float] = dict.fromkeys(_COUNTERS, 0)  # of processes that died
         self._latest: EngineStats | None = None  # of this process
         self._closed = False
-        self._running = asyncio.Event()
-        self._running.set()
+        self._alive = True
+        self._settled = asyncio.Event()  # the process runs, or it is known that it does not start
+        self._settled.set()
         self._problem: EngineUnavailable | None = None
         self._supervisor = asyncio.create_task(self._supervise())
+        self._supervisor.add_done_callback(self._unsupervised)
 
     @classmethod
     async def start(cls, config: EngineConfig) -> "Engine":
@@ -79,7 +83,7 @@ class Engine:
     @property
     def alive(self) -> bool:
         """Whether the process runs and its model is loaded."""
-        return self._running.is_set()
+        return self._alive
 
     @property
     def pid(self) -> int | None:
@@ -117,6 +121,7 @@ class Engine:
         self, text: str, *, add_special: bool = True, parse_special: bool = False
     ) -> list[int]:
         """Token ids of a text."""
+        check_text("text", text)
         return await self._ask(lambda id: wire.Tokenize(id, text, add_special, parse_special))
 
     async def detokenize(self, tokens: Sequence[int]) -> str:
@@ -132,8 +137,8 @@ class Engine:
 
     async def close(self) -> None:
         """End the process; requests that still run get EngineUnavailable."""
-        self._closed = True
-        self._running.clear()
+        self._closed, self._alive = True, False
+        self._settled.set()
         self._supervisor.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._supervisor
@@ -147,13 +152,24 @@ class Engine:
                 while True:
                     self._deliver(await self._process.receive())
             except ProcessEnded:
-                self._running.clear()
+                self._alive = False
+                self._settled.clear()
             await self._process.stop()
             self._bury()
             await self._relaunch()
             for id, stream in self._streams.items():
                 stream.replayed = True
                 self._process.send(wire.Submit(id, stream.request))
+
+    def _unsupervised(self, task: asyncio.Task[None]) -> None:
+        """A defect ended the supervisor: nobody must wait for what will not come."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._alive = False
+            self._settled.set()
+            self._problem = EngineUnavailable(f"internal error: {type(error).__name__}: {error}")
+            self._fail(self._problem, lambda _: True)
+            context = {"message": "the engine's supervisor failed", "exception": error, "task": task}
+            task.get_loop().call_exception_handler(context)
 
     def _bury(self) -> None:
         """Count what the dead process did; fail what it had begun, and what may have killed it twice."""
@@ -168,16 +184,19 @@ class Engine:
         self._fail(error, lambda stream: stream.begun or stream.replayed)
 
     async def _relaunch(self) -> None:
+        pause_s = RESTART_PAUSE_S
         while True:
             try:
                 self._process, self.info = await Process.launch(self.config)
             except (EngineError, OSError) as error:
                 self._problem = EngineUnavailable(f"the engine cannot be started again: {error}")
                 self._fail(self._problem, lambda _: True)
-                await asyncio.sleep(RESTART_PAUSE_S)
+                self._settled.set()
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, MAX_RESTART_PAUSE_S)
             else:
-                self._problem = None
-                self._running.set()
+                self._problem, self._alive = None, True
+                self._settled.set()
                 return
 
     def _deliver(self, reply: wire.Reply) -> None:
@@ -192,7 +211,10 @@ class Engine:
             case wire.Answer(id, value):
                 future = self._answers.pop(id, None)
                 if future is not None and not future.done():
-                    future.set_result(value)
+                    if isinstance(value, wire.Failure):
+                        future.set_exception(value.error())
+                    else:
+                        future.set_result(value)
 
     async def _ask(self, command: Callable[[int], wire.Command]) -> Any:
         await self._until_running()
@@ -207,15 +229,13 @@ class Engine:
 
     async def _until_running(self) -> None:
         """Wait for a restart that is under way. Raises EngineUnavailable when there is none to wait for."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._settled.wait(), RESTART_WAIT_S)
         if self._closed:
             raise EngineUnavailable("the engine was closed")
-        if not self._running.is_set() and self._problem is None:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._running.wait(), RESTART_WAIT_S)
-        if not self._running.is_set():
-            raise EngineUnavailable(
-                str(self._problem or f"the engine did not come back within {RESTART_WAIT_S:.0f} s")
-            )
+        if not self._alive:
+            late = f"the engine did not come back within {RESTART_WAIT_S:.0f} s"
+            raise EngineUnavailable(str(self._problem or late))
 
     def _fail(self, error: EngineError, whom: Callable[[_Stream], bool]) -> None:
         """End the streams that `whom` picks, and every question that waits for an answer."""

@@ -5,7 +5,7 @@ What goes wrong with one sequence fails that sequence and no other.
 """
 
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 from engine.llama import Context, DecodeFailed, Model
@@ -85,9 +85,8 @@ class Loop:
         room = self.n_ctx - len(prompt)
         if room < 1:
             raise ContextOverflow(len(prompt), self.n_ctx)
-        waiting = self.scheduler.n_beyond_slots
-        if self.max_queue is not None and waiting >= self.max_queue:
-            raise QueueFull(waiting, retry_after_s=self._wait_s())
+        if self.max_queue is not None and self.scheduler.n_waiting_with(1) > self.max_queue:
+            raise QueueFull(len(self.scheduler.waiting), retry_after_s=self._wait_s())
         sampler = Sampler(self.context, request.sampling, prompt=prompt, ignore_eos=request.ignore_eos)
         sequence = Sequence(id, prompt, min(room, request.max_tokens or room))
         self._writing[id] = _Writing(request, sequence, sampler, StopStrings(request.stop))
@@ -143,13 +142,15 @@ class Loop:
             if not tokens:
                 raise InvalidRequest("the prompt is empty: give at least one character", field="prompt")
             return tuple(tokens)
-        for token in request.prompt:
-            if not 0 <= token < self.model.n_vocab:
-                raise InvalidRequest(
-                    f"the prompt holds token {token}; this vocabulary ends at {self.model.n_vocab - 1}",
-                    field="prompt",
-                )
+        self.check_tokens(request.prompt, field="prompt")
         return tuple(request.prompt)
+
+    def check_tokens(self, tokens: Iterable[int], *, field: str) -> None:
+        """Raise InvalidRequest for a token that the vocabulary does not have; native code would abort."""
+        last = self.model.n_vocab - 1
+        for token in tokens:
+            if not 0 <= token <= last:
+                raise InvalidRequest(f"{field} holds {token}; this vocabulary ends at {last}", field=field)
 
     def _wait_s(self) -> float:
         """A guess at when a place is free: the time of work that a finished request took, on average."""

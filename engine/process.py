@@ -36,8 +36,12 @@ class Process:
     async def launch(cls, config: EngineConfig) -> tuple["Process", EngineInfo]:
         """Start a process and wait until its model is loaded. Raises ModelLoadFailed."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            process = cls(await _spawn(theirs))
+        try:
+            with theirs:
+                process = cls(await _spawn(theirs))
+        except BaseException:
+            ours.close()
+            raise
         try:
             process._reader, process._writer = await asyncio.open_connection(sock=ours)
             process.send(wire.Start(config))

@@ -106,7 +106,7 @@ class Sampling:
             _whole("seed", self.seed, -(2**63), 2**63 - 1)
         self._validate_biases()
         if self.grammar is not None:
-            _text("grammar", self.grammar)
+            check_text("grammar", self.grammar)
             if problem := grammar_problem(self.grammar):
                 raise InvalidRequest(f"grammar: {problem}", field="grammar")
 
@@ -174,7 +174,7 @@ class GenerationRequest:
             if (wrong := next((t for t in self.prompt if not _is_token(t)), None)) is not None:
                 raise InvalidRequest(f"the prompt holds {wrong!r}, which is no token id", field="prompt")
             return
-        _text("prompt", self.prompt)
+        check_text("prompt", self.prompt)
         if len(self.prompt) > MAX_PROMPT_CHARACTERS:
             raise InvalidRequest(
                 f"the prompt has {len(self.prompt)} characters; at most {MAX_PROMPT_CHARACTERS} are read",
@@ -314,7 +314,7 @@ def _whole(name: str, value: Any, low: int, high: int) -> None:
         raise InvalidRequest(f"{name} is {value!r}; give a whole number from {low} to {high}", field=name)
 
 
-def _text(name: str, value: Any) -> None:
+def check_text(name: str, value: Any) -> None:
     """Raise InvalidRequest for what no C string of UTF-8 can be made of."""
     if not isinstance(value, str):
         raise InvalidRequest(f"{name} is of type {type(value).__name__}; give a text", field=name)

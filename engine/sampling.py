@@ -12,6 +12,7 @@ from engine.llama import Context
 from engine.request import EngineError, InvalidRequest, Sampling, TokenLogprob
 
 DRY_BREAKERS = ("\n", ":", '"', "*")
+MIN_TEMPERATURE = 1e-6
 _SEEDS = 2**32 - 1  # llama.cpp keeps the largest 32-bit value to mean "choose one"
 
 
@@ -41,11 +42,16 @@ class Sampler:
         biases = list(sampling.logit_bias)
         if ignore_eos:
             biases += [(token, float("-inf")) for token in sorted(context.model.eog_tokens)]
-        self._grammar = _grammar(context, sampling.grammar)
-        self._is_plain_greedy = (
-            sampling.temperature == 0 and not biases and self._grammar is None and not _penalises(sampling)
-        )
-        self._chain = None if self._is_plain_greedy else _chain(context, sampling, biases)
+        is_plain = not biases and sampling.grammar is None and not _penalises(sampling)
+        self._chain = None if is_plain and _is_greedy(sampling) else _chain(context, sampling, biases)
+        self._grammar: Grammar | None = None
+        if sampling.grammar is not None:
+            self._grammar = Grammar.parse(context.model, sampling.grammar)
+            if self._grammar is None:
+                self.close()
+                raise InvalidRequest(
+                    "grammar: llama.cpp cannot parse it; check it is GBNF with a `root` rule", field="grammar"
+                )
         if self._chain is not None and _penalises(sampling):
             for token in prompt[-_look_back(sampling, len(prompt)) :]:
                 self._chain.accept(token)
@@ -97,15 +103,9 @@ def logprobs(context: Context, index: int, token: int, *, n_top: int) -> TokenLo
     return TokenLogprob(token, piece, float(logits[token] - normaliser), tuple(top))
 
 
-def _grammar(context: Context, text: str | None) -> Grammar | None:
-    if text is None:
-        return None
-    grammar = Grammar.parse(context.model, text)
-    if grammar is None:
-        raise InvalidRequest(
-            "grammar: llama.cpp cannot parse it; check it is GBNF with a `root` rule", field="grammar"
-        )
-    return grammar
+def _is_greedy(sampling: Sampling) -> bool:
+    """Logits divided by less than this could overflow to infinity, and the draw would be of NaN."""
+    return sampling.temperature < MIN_TEMPERATURE
 
 
 def _penalises(sampling: Sampling) -> bool:
@@ -149,7 +149,7 @@ def _chain(context: Context, sampling: Sampling, biases: list[tuple[int, float]]
             last_n=context.n_ctx if last_n is None else last_n,
             breakers=DRY_BREAKERS,
         )
-    if sampling.temperature == 0:
+    if _is_greedy(sampling):
         chain.add_greedy()
         return chain
     chain.add_cuts(

@@ -113,11 +113,10 @@ class Scheduler:
         """Whether there is nothing to do."""
         return not self.waiting and not self.running
 
-    @property
-    def n_beyond_slots(self) -> int:
-        """Waiting requests that no free slot will take at the next call."""
+    def n_waiting_with(self, more: int) -> int:
+        """Requests that would wait for a slot at the next call if `more` came."""
         free = sum(slot.sequence is None for slot in self.slots)
-        return max(0, len(self.waiting) - free)
+        return max(0, len(self.waiting) + more - free)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a request."""

@@ -17,7 +17,7 @@ PROTOCOL = pickle.HIGHEST_PROTOCOL
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An EngineError on its way."""
+    """An EngineError on its way, as its nearest class in request.py: others would bring llama.cpp along."""
 
     kind: type[EngineError]
     message: str
@@ -25,7 +25,8 @@ class Failure:
 
     @classmethod
     def of(cls, error: EngineError) -> "Failure":
-        return cls(type(error), str(error), dict(vars(error)))
+        kind = next(each for each in type(error).__mro__ if each.__module__ == EngineError.__module__)
+        return cls(kind, str(error), dict(vars(error)))
 
     def error(self) -> EngineError:
         """The error as it was raised, without its traceback."""
@@ -82,7 +83,7 @@ class Answer:
     """Of Tokenize, Detokenize, AskStats."""
 
     id: int
-    value: list[int] | str | EngineStats
+    value: list[int] | str | EngineStats | Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,8 @@ class Outputs:
     stats: EngineStats | None = None
 
 
-Command = Start | Submit | Cancel | Tokenize | Detokenize | AskStats
+Question = Tokenize | Detokenize | AskStats
+Command = Start | Submit | Cancel | Question
 Reply = Ready | Failure | Answer | Outputs
 
 

@@ -9,12 +9,15 @@ import select
 import signal
 import socket
 import sys
+import traceback
 from contextlib import ExitStack
 
 from engine import wire
 from engine.llama import Adapter, Context, Model, gpu_name
 from engine.loop import Loop, Output
-from engine.request import Delta, EngineConfig, EngineError, EngineInfo, Event, ModelLoadFailed
+from engine.request import Delta, EngineConfig, EngineError, EngineInfo, EngineStats, Event, ModelLoadFailed
+
+MAX_MESSAGES = 1000  # read between two steps; what comes after waits for the next one
 
 
 class ClientGone(Exception):
@@ -36,16 +39,17 @@ class Channel:
 
     def receive(self, *, wait: bool) -> list[wire.Command]:
         """Every complete message that is there; waits for the first one if `wait`."""
-        messages = self._complete()
-        while not messages:
-            ready, _, _ = select.select([self._connection], [], [], None if wait else 0)
+        messages: list[wire.Command] = []
+        while len(messages) < MAX_MESSAGES:
+            forever = wait and not messages
+            ready, _, _ = select.select([self._connection], [], [], None if forever else 0)
             if not ready:
                 break
             data = self._connection.recv(1 << 20)
             if not data:
                 raise ClientGone
             self._buffer += data
-            messages = self._complete()
+            messages += self._complete()
         return messages
 
     def _complete(self) -> list[wire.Command]:
@@ -124,17 +128,36 @@ def handle(command: wire.Command, loop: Loop, channel: Channel) -> None:
         case wire.Submit(id, request):
             try:
                 loop.submit(id, request)
-            except EngineError as error:
-                channel.send(wire.Outputs([(id, wire.Failure.of(error))]))
+            except Exception as error:  # a request must not end the others
+                channel.send(wire.Outputs([(id, failure(error))]))
         case wire.Cancel(id):
             loop.cancel(id)
-        case wire.Tokenize(id, text, add_special, parse_special):
-            tokens = loop.model.tokenize(text, add_special=add_special, parse_special=parse_special)
-            channel.send(wire.Answer(id, tokens))
-        case wire.Detokenize(id, tokens):
-            channel.send(wire.Answer(id, loop.model.detokenize(tokens)))
-        case wire.AskStats(id):
-            channel.send(wire.Answer(id, loop.stats()))
+        case wire.Tokenize() | wire.Detokenize() | wire.AskStats():
+            try:
+                value = answer(command, loop)
+            except Exception as error:  # nor may a question
+                value = failure(error)
+            channel.send(wire.Answer(command.id, value))
+
+
+def answer(question: wire.Question, loop: Loop) -> list[int] | str | EngineStats:
+    """The value that was asked for."""
+    match question:
+        case wire.Tokenize(_, text, add_special, parse_special):
+            return loop.model.tokenize(text, add_special=add_special, parse_special=parse_special)
+        case wire.Detokenize(_, tokens):
+            loop.check_tokens(tokens, field="tokens")
+            return loop.model.detokenize(tokens)
+        case wire.AskStats():
+            return loop.stats()
+
+
+def failure(error: Exception) -> wire.Failure:
+    """What is not an EngineError is a defect: its traceback goes to stderr, its text to the caller."""
+    if not isinstance(error, EngineError):
+        traceback.print_exception(error)
+        error = EngineError(f"internal error: {type(error).__name__}: {error}")
+    return wire.Failure.of(error)
 
 
 def run(channel: Channel) -> None:
