@@ -81,8 +81,12 @@ def make_runner(model: Model):
 
 @pytest.fixture(scope="session")
 def shared_context(model: Model) -> Iterator[Context]:
-    """2,048 cells, 16 sequences, calls of 64 tokens, all of which may have logits."""
-    with Context.open(model, n_ctx=2048, n_batch=64, n_seq_max=16, n_threads=1) as context:
+    """2,048 cells, 16 sequences, calls of 48 tokens, all of which may have logits.
+
+    From 64 tokens a call on, llama.cpp's attention takes another kernel, whose rounding differs: below
+    that, and with few cells in use, a batched result equals the single one to the last bit.
+    """
+    with Context.open(model, n_ctx=2048, n_batch=48, n_seq_max=16, n_threads=1) as context:
         yield context
 
 

@@ -1,0 +1,234 @@
+"""The loop over the real model: equivalence of batched and single runs, limits, cancellation, failures."""
+
+import pytest
+
+from engine.llama import DecodeFailed
+from engine.request import ContextOverflow, GenerationRequest, InvalidRequest, QueueFull, Sampling
+
+GREEDY = Sampling(temperature=0)
+CLOSE = 0.05  # two best logits nearer than this may change places when the batch does
+
+
+def ask(prompt: str | tuple[int, ...] = "The capital of France is", **options) -> GenerationRequest:
+    return GenerationRequest(prompt, **({"sampling": GREEDY, "max_tokens": 8} | options))
+
+
+SUBJECTS = (
+    "rain", "iron", "bread", "the moon", "music", "a bridge", "salt", "wool",
+    "glass", "a river", "honey", "paper", "fire", "an owl", "clocks", "the sea",
+)  # fmt: skip
+
+
+def test_batched_greedy_tokens_equal_one_by_one(make_loop, drain):
+    requests = [ask(f"Write about {subject}:", max_tokens=16, logprobs=2) for subject in SUBJECTS]
+    together = drain(make_loop(n_parallel=16), *requests)
+    loop = make_loop(n_parallel=1)
+    alone = [drain(loop, request)[0] for request in requests]
+    for batched, single in zip(together, alone, strict=True):
+        assert_same_but_for_close_calls(batched, single)
+    assert sum(b.tokens == s.tokens for b, s in zip(together, alone, strict=True)) >= 14
+
+
+def test_a_shared_prefix_changes_no_greedy_token(make_loop, drain):
+    stem = "The handbook says that every employee may take twenty days of leave a year. " * 3
+    requests = [ask(stem + f"Question about {subject}:", logprobs=2) for subject in SUBJECTS[:6]]
+    together = drain(make_loop(n_ctx=256, n_parallel=3), *requests)
+    alone = [drain(make_loop(n_ctx=256, n_parallel=1), request)[0] for request in requests]
+    assert all(answer.done.n_cached_tokens > 40 for answer in together[1:])
+    assert all(answer.done.n_cached_tokens == 0 for answer in alone)
+    for shared, single in zip(together, alone, strict=True):
+        assert_same_but_for_close_calls(shared, single)
+
+
+def assert_same_but_for_close_calls(batched, single) -> None:
+    """The first token that differs must be one where the two best logits were within CLOSE."""
+    for one, other in zip(batched.logprobs, single.logprobs, strict=True):
+        if one.token != other.token:
+            (_, _, best), (_, _, second) = other.top
+            assert best - second < CLOSE
+            return
+        assert one.logprob == pytest.approx(other.logprob, abs=0.3)
+
+
+def test_text_is_what_the_tokens_say(make_loop, drain, model):
+    (answer,) = drain(make_loop(), ask(max_tokens=12))
+    assert answer.text == b"".join(model.piece(token) for token in answer.tokens).decode()
+    assert answer.done.n_completion_tokens == 12
+    assert answer.done.finish_reason == "length"
+    assert answer.done.n_prompt_tokens == len(model.tokenize("The capital of France is"))
+
+
+def test_max_tokens_none_writes_until_the_context_is_full(make_loop, drain, model):
+    (answer,) = drain(make_loop(n_ctx=32), ask(max_tokens=None, ignore_eos=True))
+    n_prompt = len(model.tokenize("The capital of France is"))
+    assert answer.done.finish_reason == "length"
+    assert n_prompt + answer.done.n_completion_tokens == 32
+
+
+def test_a_prompt_one_token_short_of_the_context_gets_one_token(make_loop, drain):
+    (answer,) = drain(make_loop(n_ctx=32), ask(tuple(range(100, 131)), max_tokens=10))
+    assert answer.done.n_completion_tokens == 1
+    assert answer.done.finish_reason == "length"
+
+
+def test_a_prompt_that_fills_the_context_fails_alone(make_loop):
+    loop = make_loop(n_ctx=32)
+    loop.submit("good", ask())
+    with pytest.raises(ContextOverflow) as caught:
+        loop.submit("bad", ask(tuple(range(100, 132))))
+    assert (caught.value.n_prompt_tokens, caught.value.n_ctx) == (32, 32)
+    outputs = []
+    while not loop.idle:
+        outputs += loop.step()
+    assert {id for id, _ in outputs} == {"good"}
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (ask((10**6,)), "prompt"),
+        (ask(sampling=Sampling(logit_bias=((10**6, 1.0),))), "logit_bias"),
+        (ask(sampling=Sampling(grammar="root ::= nothing")), "grammar"),
+        (ask(max_tokens=0), "max_tokens"),
+    ],
+)
+def test_a_refused_request_leaves_nothing_behind(make_loop, request_, field):
+    loop = make_loop()
+    with pytest.raises(InvalidRequest) as caught:
+        loop.submit(1, request_)
+    assert caught.value.field == field
+    assert loop.idle
+    assert loop.stats().requests_total == 0
+
+
+def test_a_stop_string_ends_the_text_before_it(make_loop, drain):
+    (whole,) = drain(make_loop(), ask(max_tokens=16))
+    stop = whole.text[5:9]
+    (answer,) = drain(make_loop(), ask(max_tokens=16, stop=(stop,)))
+    assert answer.text == whole.text[: whole.text.index(stop)]
+    assert answer.done.finish_reason == "stop"
+    assert answer.done.stop_string == stop
+
+
+def test_the_end_token_stops_and_ignore_eos_does_not(make_loop, drain, model):
+    eos = model.eos_id
+    likely = Sampling(temperature=0, logit_bias=((eos, 1000.0),))
+    (answer,) = drain(make_loop(), ask(sampling=likely))
+    assert (answer.done.finish_reason, answer.done.stop_token) == ("stop", eos)
+    assert (answer.text, answer.tokens) == ("", [])
+    (answer,) = drain(make_loop(), ask(sampling=likely, ignore_eos=True))
+    assert answer.done.finish_reason == "length"
+    assert answer.done.n_completion_tokens == 8
+
+
+def test_cached_tokens_are_counted(make_loop, drain, model):
+    loop = make_loop()
+    prompt = tuple(model.tokenize("One two three four five six seven eight nine ten"))
+    (first,) = drain(loop, ask(prompt))
+    (second,) = drain(loop, ask(prompt))
+    assert first.done.n_cached_tokens == 0
+    assert second.done.n_cached_tokens == len(prompt) - 1
+    assert second.tokens == first.tokens
+    stats = loop.stats()
+    assert stats.cached_tokens_total == len(prompt) - 1
+    assert stats.prompt_tokens_total == 2 * len(prompt)
+    assert stats.completion_tokens_total == 16
+
+
+def test_conversation_turns_start_from_the_earlier_answer(make_loop, drain, model):
+    loop = make_loop()
+    prompt = tuple(model.tokenize("Tell me of the sea."))
+    (first,) = drain(loop, ask(prompt))
+    longer = (*prompt, *first.tokens, *model.tokenize(" And then?"))
+    (second,) = drain(loop, ask(longer))
+    assert second.done.n_cached_tokens == len(prompt) + len(first.tokens) - 1
+
+
+def test_cancel_frees_before_the_next_step(make_loop):
+    loop = make_loop(n_parallel=1)
+    loop.submit("running", ask(max_tokens=100))
+    loop.submit("waiting", ask("Two and two are"))
+    loop.submit("never", ask("Nobody hears"))
+    loop.step()
+    loop.cancel("running")
+    loop.cancel("never")
+    loop.cancel("unknown")
+    assert loop.stats().running == 0
+    outputs = loop.step()
+    assert {id for id, _ in outputs} == {"waiting"}
+    while not loop.idle:
+        outputs += loop.step()
+    assert {id for id, _ in outputs} == {"waiting"}
+    assert loop.stats().cancelled_total == 2
+
+
+def test_the_queue_is_full_beyond_slots_and_max_queue(make_loop):
+    loop = make_loop(n_parallel=2, max_queue=1)
+    for id in range(3):
+        loop.submit(id, ask())
+    with pytest.raises(QueueFull) as caught:
+        loop.submit(3, ask())
+    assert caught.value.retry_after_s >= 1
+    loop.cancel(0)
+    loop.submit(3, ask())
+
+
+def test_no_queue_still_serves_the_slots(make_loop, drain):
+    assert drain(make_loop(n_parallel=1, max_queue=0), ask())[0].done
+
+
+def test_a_failed_call_is_run_again_in_parts(make_loop, drain, monkeypatch):
+    requests = [ask(f"Write about {subject}:") for subject in SUBJECTS[:3]]
+    expected = drain(make_loop(), *requests)
+    loop = make_loop()
+    decode, calls = loop.context.decode, []
+
+    def fails_third():
+        calls.append(len(loop.context.batch))
+        if len(calls) == 3:
+            raise DecodeFailed(1)
+        decode()
+
+    monkeypatch.setattr(loop.context, "decode", fails_third)
+    answers = drain(loop, *requests)
+    assert calls[2:6] == [3, 1, 1, 1]
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
+
+
+def test_a_sequence_that_cannot_be_decoded_fails_alone(make_loop, drain, monkeypatch):
+    loop = make_loop()
+    decode = loop.context.decode
+    requests = [ask(f"Write about {subject}:") for subject in SUBJECTS[:3]]
+
+    def fails_slot_1():
+        if any(int(s[0]) == 1 for s in loop.context.batch._sequences[: len(loop.context.batch)]):
+            raise DecodeFailed(-3)
+        decode()
+
+    monkeypatch.setattr(loop.context, "decode", fails_slot_1)
+    answers = drain(loop, *requests)
+    assert isinstance(answers[1].error, DecodeFailed)
+    assert answers[0].done
+    assert answers[2].done
+    assert loop.stats().failed_total == 1
+    monkeypatch.undo()
+    assert drain(loop, requests[1])[0].done
+
+
+def test_stats_count_cells(make_loop, model):
+    loop = make_loop(n_parallel=2)
+    loop.submit(1, ask(max_tokens=4))
+    loop.step()
+    n_prompt = len(model.tokenize("The capital of France is"))
+    assert loop.stats().kv_cells_used == n_prompt
+    while not loop.idle:
+        loop.step()
+    stats = loop.stats()
+    assert (stats.kv_cells_used, stats.kv_cells_cached) == (0, n_prompt + 3)
+
+
+def test_many_requests_in_few_slots_all_end(make_loop, drain):
+    loop = make_loop(n_parallel=3)
+    requests = [ask(f"Number {i} of", max_tokens=1 + i % 5, ignore_eos=True) for i in range(20)]
+    answers = drain(loop, *requests)
+    assert [answer.done.n_completion_tokens for answer in answers] == [1 + i % 5 for i in range(20)]
