@@ -16,6 +16,7 @@ from matplotlib.transforms import Bbox
 from quantize.report import FileReport, Report
 
 INK, ACCENT, OTHER = "#1d2733", "#c2410c", "#2563eb"
+FLOOR = 1e-7  # what is drawn for a divergence of nothing, which has no place on a log scale
 #: Where a label may stand beside its point, in points of 1/72 inch, best first.
 PLACES = tuple(
     (right, up) for right in (9, 30, -45, 55, -75, 85) for up in (5, -13, 20, -28, 36, -44, 52, -60)
@@ -36,15 +37,17 @@ def divergence_figure(report: Report) -> Figure | None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    every = [max(d.kl.mean, FLOOR) for _, _, points in drawn for _, d in points]
+    axes.set_ylim(min(every) / 2, max(every) * 2)
     for label, colour, points in drawn:
         sizes = [file.types.size_bytes / 1e6 for file, _ in points]
-        means = [max(d.kl.mean, 1e-7) for _, d in points]
+        means = [max(d.kl.mean, FLOOR) for _, d in points]
         errors = [min(d.kl.standard_error or 0.0, 0.9 * m) for (_, d), m in zip(points, means, strict=True)]
         axes.errorbar(sizes, means, errors, fmt="o", ms=6, capsize=3, color=colour, label=label)
     axes.legend(frameon=False, loc="upper right")
     axes.set_title(f"{report.source.name}: divergence against size", loc="left", color=INK)
     points = drawn[0][2]
-    means = [max(d.kl.mean, 1e-7) for _, d in points]
+    means = [max(d.kl.mean, FLOOR) for _, d in points]
     _label(axes, [file for file, _ in points], [f.types.size_bytes / 1e6 for f, _ in points], means)
     return figure
 

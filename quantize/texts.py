@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.llama import Context, Model
 from engine.loop import Loop
+from models.gguf import read_header
 from quantize.calibrate import Plan, converse
 from quantize.conversation import Conversation, Journal, windows
 from quantize.errors import QuantizeError
@@ -80,7 +81,7 @@ def cut_text(source: Path, text: Path, out: Path, *, n_tokens: int, key: str, ba
     with Model.open(source, n_gpu_layers=backend.n_gpu_layers, vocab_only=True) as model:
         tokens = model.tokenize(content, add_special=False)
         bos = model.bos_id if model.adds_bos else None
-        size = min(WINDOW, model.n_ctx_train)
+    size = min(WINDOW, read_header(source).n_ctx_train or WINDOW)
     if len(tokens) < MIN_TEXT:
         raise UnusableText(text, f"it has only {len(tokens)} tokens")
     out.unlink(missing_ok=True)

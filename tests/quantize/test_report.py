@@ -21,7 +21,7 @@ KINDS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "Q3_K_M", "Q2_K")
 
 def divergence(mean: float) -> Divergence:
     return Divergence(
-        n_tokens=8000, n_sequences=60, kl=Estimate(mean, mean / 30), kl_median=mean / 2, kl_90=2 * mean,
+        n_tokens=8000, n_sequences=60, kl=Estimate(mean, abs(mean) / 30), kl_median=mean / 2, kl_90=2 * mean,
         kl_99=5 * mean, kl_999=9 * mean, kl_max=20 * mean, same_top=Estimate(0.95, 0.002), delta_p_rms=0.03,
         perplexity_reference=4.1, perplexity=4.2, perplexity_ratio=Estimate(1.024, 0.003),
     )  # fmt: skip
@@ -116,6 +116,14 @@ def test_plots_are_images_and_name_every_file(report):
         assert picture.tag.endswith("svg")
         labels = [text.get_text() for text in figure.axes[0].texts]
         assert set(KINDS) <= set(labels)
+
+
+@pytest.mark.parametrize("mean", [0.01, 0.0, -1e-8])
+def test_one_file_or_one_without_loss_can_be_drawn(report, mean):
+    one = dataclasses.replace(report.files[0], chats=divergence(mean), text=None)
+    figure = divergence_figure(dataclasses.replace(report, files=(one,)))
+    assert figure is not None
+    assert png(figure).startswith(b"\x89PNG")
 
 
 def test_labels_of_crowded_points_do_not_lie_upon_each_other(report):
