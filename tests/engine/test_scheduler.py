@@ -237,12 +237,12 @@ def test_a_released_slot_keeps_its_tokens_unless_told_to_forget():
     assert scheduler.idle
 
 
-def test_the_queue_beyond_free_slots_is_counted():
+def test_what_would_wait_beyond_the_free_slots_is_counted():
     scheduler = fake(n_slots=2).scheduler
     for i in range(3):
-        assert scheduler.n_beyond_slots == 0
+        assert scheduler.n_waiting_with(1) == max(0, i - 1)
         scheduler.add(Sequence(i, prompt(3, start=i), max_tokens=2))
-    assert scheduler.n_beyond_slots == 1
+    assert scheduler.n_waiting_with(0) == 1
 
 
 @pytest.mark.parametrize("seed", range(40))
