@@ -9,6 +9,7 @@ import pytest
 
 #: Its answer's tokens lead by far, so that rounding in another batch changes none.
 ASK = [{"role": "user", "content": "What is the capital of France?"}]
+CAPITALS = "The capital of France is Paris. The capital of Germany is Berlin. The capital of Italy is"
 
 
 def test_models_are_listed_with_their_context(client):
@@ -93,9 +94,9 @@ def test_logit_bias_decides_a_token(client):
 
 
 def test_completions_continue_and_stream(client):
-    fields = {"model": "smol", "prompt": "Monday, Tuesday, Wednesday,", "max_tokens": 4, "temperature": 0}
+    fields = {"model": "smol", "prompt": CAPITALS, "max_tokens": 1, "temperature": 0}
     whole = client.completions.create(**fields, echo=True)
-    assert whole.choices[0].text.startswith("Monday, Tuesday, Wednesday, Thursday")
+    assert whole.choices[0].text.startswith(f"{CAPITALS} Rome")
     streamed = [
         chunk.choices[0].text for chunk in client.completions.create(**fields, echo=True, stream=True)
     ]
