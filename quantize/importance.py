@@ -7,7 +7,9 @@ The embedding is a lookup, not a product. Its rows are rounded independently, so
 cannot change how its row is rounded; what can is how much column j matters for the tokens that occur:
 sum_t count_t E[t, j]^2 / sum_t count_t, the mean square of what the lookup hands on. Where the embedding is
 also the output head (tied), rounding errors meet the final hidden state x and enter the logits directly;
-then the product's E[x_j^2] is used, which is what `output.weight` gets in an untied model.
+then the product's E[x_j^2] is used, which is what `output.weight` gets in an untied model. Measured on
+SmolLM2-135M, all else Q8_0, embedding as IQ4_NL: mean KLD .085 without an entry, .076 with the lookup's,
+.054 with both, .048 with the product's (errors .003 to .005; 3341 tokens).
 """
 
 from collections import Counter

@@ -68,9 +68,9 @@ def write_conversations(
         n_ctx = around + plan.max_question + plan.max_answer + 8
         with _loop(model, n_ctx, plan.n_parallel, backend) as loop:
             converse(loop, frame, plan, journal, bos=model.bos_id, seen=seen, progress=progress)
-    how = (
-        "written by the model itself" if frame else "written by the model itself from BOS (no chat template)"
-    )
+    how = "written by the model itself (run as Q8_0)"
+    if frame is None:
+        how += ", from BOS on: it has no chat template"
     n_tokens = sum(len(conversation.tokens) for conversation in journal.accepted)
     return Written(how, len(journal.accepted), n_tokens, journal.reasons(), digest(out))
 
