@@ -10,7 +10,9 @@ import re
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -102,7 +104,8 @@ def _relay(
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     process = spawn.Process(target=_child, args=(order, sender, last_words), name="lq-quantize", daemon=True)
-    process.start()
+    with _deaf():
+        process.start()
     sender.close()
     lines: list[str] = []
     try:
@@ -116,6 +119,19 @@ def _relay(
             process.join()
         receiver.close()
     return message, process.exitcode, lines
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Ignore Ctrl-C, so that a process started meanwhile is born ignoring it; it is ours to handle."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say so; the child ignores it a moment later
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _receive(receiver: Connection) -> str | bool:

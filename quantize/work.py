@@ -69,7 +69,7 @@ class Work:
             self.source_file,
             adapter=adapter,
             pre=self.settings.pre,
-            progress=lambda what, done, total: self.progress(f"converting {what}", done, total),
+            progress=lambda _, done, total: self.progress("converting the checkpoint", done, total),
         )
         return {}
 
