@@ -8,7 +8,7 @@ import openai
 import pytest
 
 #: Its answer's tokens lead by far, so that rounding in another batch changes none.
-ASK = [{"role": "user", "content": "What is the capital of France?"}]
+ASK = [{"role": "user", "content": "What is 2+2?"}]
 CAPITALS = "The capital of France is Paris. The capital of Germany is Berlin. The capital of Italy is"
 
 
