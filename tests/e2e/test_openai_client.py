@@ -152,7 +152,8 @@ def test_grounded_answers_carry_their_sources(client):
     assert "Heron" in best["quote"]
     assert best["end"] - best["start"] == len(best["quote"])
     chunks = list(client.chat.completions.create(model="porter", messages=question, stream=True))
-    assert chunks[-1].choices[0].delta.sources == message.sources
+    streamed = chunks[-1].choices[0].delta.sources
+    assert [source["quote"] for source in streamed] == [source["quote"] for source in message.sources]
     again = [*question, message, {"role": "user", "content": "How many people does it carry?"}]
     assert client.chat.completions.create(model="porter", messages=again).choices[0].message.content
     by_request = client.chat.completions.create(
