@@ -5,9 +5,9 @@ repository. LQ_PEER_BIN names a folder that has the binaries already.
 """
 
 import os
+import shutil
 import subprocess
 import sys
-import tarfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,8 +35,7 @@ def unpack(home: Path, release: str) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python"]
     subprocess.run([*command, "--dest", home, f"llama-cpp-python=={release}"], check=True)
     (archive,) = home.glob("llama_cpp_python-*.tar.gz")
-    with tarfile.open(archive) as tar:
-        tar.extractall(home, filter="data")
+    shutil.unpack_archive(archive, home)
     return home / archive.name.removesuffix(".tar.gz") / "vendor" / "llama.cpp"
 
 

@@ -353,10 +353,9 @@ class Context(Handle):
 
     def apply(self, adapters: Sequence[tuple["Adapter", float]]) -> None:
         """Use these LoRA adapters, and only these, from the next decode on."""
-        pointers = (ctypes.c_void_p * len(adapters))(*[adapter.pointer for adapter, _ in adapters])
+        pointers = (native.llama_adapter_lora_p_ctypes * len(adapters))(*[a.pointer for a, _ in adapters])
         scales = (ctypes.c_float * len(adapters))(*[scale for _, scale in adapters])
-        array: Any = ctypes.cast(pointers, ctypes.POINTER(ctypes.c_void_p))
-        if native.llama_set_adapters_lora(self.pointer, array, len(adapters), scales):
+        if native.llama_set_adapters_lora(self.pointer, pointers, len(adapters), scales):
             raise ModelLoadFailed(f"the LoRA adapters cannot be applied together: {_log.reason()}")
 
 

@@ -18,10 +18,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def read_member(tar: tarfile.TarFile, member: str) -> bytes:
+    """The content of one file inside an archive."""
+    file = tar.extractfile(member)
+    if file is None:
+        raise SystemExit(f"{tar.name}: {member} is not a file")
+    return file.read()
 
 
 def fetch_npm_files(package: str, files: dict[str, str], target: Path) -> None:
@@ -34,14 +36,14 @@ def fetch_npm_files(package: str, files: dict[str, str], target: Path) -> None:
             [npm, "pack", "--silent", package, "--pack-destination", folder], check=True, stdout=sys.stderr
         )
         (archive,) = Path(folder).glob("*.tgz")
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, members=[tar.getmember(member) for member in files], filter="data")
         target.mkdir(parents=True, exist_ok=True)
-        for member, expected in files.items():
-            found = sha256(Path(folder, member))
-            if found != expected:
-                raise SystemExit(f"{package} {member}: sha256 is {found}, pinned is {expected}")
-            Path(folder, member).replace(target / Path(member).name)
+        with tarfile.open(archive) as tar:
+            for member, expected in files.items():
+                content = read_member(tar, member)
+                found = hashlib.sha256(content).hexdigest()
+                if found != expected:
+                    raise SystemExit(f"{package} {member}: sha256 is {found}, pinned is {expected}")
+                target.joinpath(Path(member).name).write_bytes(content)
     print(f"fetched {package}", file=sys.stderr)
 
 

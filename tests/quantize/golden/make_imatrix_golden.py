@@ -1,4 +1,4 @@
-"""Write imatrix_golden.npz: what llama.cpp's own llama-imatrix collects on alice.txt, for the test to compare.
+"""Write imatrix_golden.npz: what llama.cpp's own llama-imatrix collects on alice.txt, to compare with.
 
 usage: make_imatrix_golden.py LLAMA_IMATRIX MODEL.gguf
 LLAMA_IMATRIX is the program built from the same llama.cpp commit as llama-cpp-python; MODEL the SmolLM2 of
