@@ -59,7 +59,7 @@ if ! builder inspect --type image lq-base >/dev/null 2>&1; then
   builder commit --quiet --rm "$scratch" lq-base >/dev/null
 fi
 [ -d wheelhouse ] || make wheelhouse
-builder bud --layers --isolation chroot --build-arg BASE=localhost/lq-base --tag lq-proof .
+builder bud --isolation chroot --build-arg BASE=localhost/lq-base --tag lq-proof .
 
 container=$(builder from lq-proof)
 stop() { kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true; builder rm "$container" >/dev/null; }
