@@ -71,6 +71,7 @@ class Loop:
             n_batch=context.n_batch,
             share_prefixes=context.can_share_prefixes,
             n_window=context.n_window,
+            n_copy_min=context.n_copy_min,
         )
         self._writing: dict[Hashable, _Writing] = {}
 
@@ -161,8 +162,7 @@ class Loop:
         """Bring the KV memory of a slot to what the scheduler decided."""
         assert sequence.slot is not None
         if source != sequence.slot:
-            self.context.remove(sequence.slot)
-            self.context.copy(source, sequence.slot, 0, length)
+            self.context.copy(source, sequence.slot, length)
         else:
             self.context.remove(sequence.slot, length)
         writing = self._writing[sequence.id]

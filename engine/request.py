@@ -228,7 +228,7 @@ class EngineConfig:
     n_threads: int | None = None  # None: physical cores that this process may use
     n_gpu_layers: int | None = None  # None: all, if the build has a GPU backend
     n_batch: int = 512  # tokens of one prefill chunk
-    kv_type_k: KVType = "f16"
+    kv_type_k: KVType | None = None  # None: bf16 on the CPU (see worker.py), f16 on a GPU
     kv_type_v: KVType = "f16"
     lora: tuple[tuple[Path, float], ...] = ()  # (GGUF adapter, scale), applied to every request
     max_queue: int = 256  # requests that may wait beyond n_parallel
@@ -244,7 +244,7 @@ class EngineConfig:
         _whole("n_batch", self.n_batch, 1, 2**16)
         _whole("max_queue", self.max_queue, 0, 2**20)
         for name, kind in (("kv_type_k", self.kv_type_k), ("kv_type_v", self.kv_type_v)):
-            if kind not in get_args(KVType):
+            if kind not in get_args(KVType) and not (kind is None and name == "kv_type_k"):
                 known = ", ".join(get_args(KVType))
                 raise InvalidRequest(f"{name} is {kind!r}; give one of {known}", field=name)
         for path, scale in self.lora:

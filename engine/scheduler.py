@@ -89,16 +89,19 @@ class Scheduler:
         n_shared_chunk: int | None = None,
         share_prefixes: bool = True,
         n_window: int = 0,
+        n_copy_min: int = 1,
     ) -> None:
-        """`n_window`: the tokens that attention looks back on in some layers; 0 for all.
+        """`n_copy_min`: tokens from which on taking a prefix from another slot is worth its copy.
 
-        Cells that a sequence's window has left behind may be overwritten, so that only what reaches to
-        the end of a slot, or a slot shorter than the window, can be shared.
+        `n_window`: the tokens that attention looks back on in some layers; 0 for all. Cells that a
+        sequence's window has left behind may be overwritten, so that only what reaches to the end of a
+        slot, or a slot shorter than the window, can be shared.
         """
         self.n_batch = n_batch
         self.n_shared_chunk = n_shared_chunk or max(1, n_batch // 4)
         self.share_prefixes = share_prefixes
         self.n_window = n_window
+        self.n_copy_min = n_copy_min
         self.waiting: deque[Sequence] = deque()
         self.slots = [Slot() for _ in range(n_slots)]
         self._turn = 0
@@ -185,12 +188,13 @@ class Scheduler:
         """Choose the slot: the idle one that holds the match, else the one whose tokens are worth least."""
         free = [index for index, slot in enumerate(self.slots) if slot.sequence is None]
         match = self._match(sequence)
-        length = match.length if match else 0
-        target = self._target(free, match.slot if match else None, length)
+        target = self._target(free, match)
+        if match and match.slot != target and match.length < self.n_copy_min:
+            match = None
         self._turn += 1
         slot = self.slots[target]
         slot.sequence, slot.last_used, sequence.slot = sequence, self._turn, target
-        self._follow(sequence, length)
+        self._follow(sequence, match.length if match else 0)
         return self._begin(sequence, match)
 
     def _begin(self, sequence: Sequence, match: Match | None) -> Admission:
@@ -218,7 +222,7 @@ class Scheduler:
 
     def _follow(self, sequence: Sequence, length: int) -> None:
         """Find an older prompt, still being computed, that will hold more of this one than `length`."""
-        sequence.leader, sequence.n_shared = None, length + MIN_SHARED - 1
+        sequence.leader, sequence.n_shared = None, length + max(MIN_SHARED, self.n_copy_min) - 1
         if not self.share_prefixes or self.n_window:
             return
         for older in self._by_age():
@@ -235,14 +239,17 @@ class Scheduler:
         return leader is not None and (leader.slot is None or leader.n_computed >= sequence.n_shared)
 
     def _join(self, sequence: Sequence) -> Admission:
-        """Take what there is now, at least what it has, and look for the next leader."""
+        """Take what there is now if that is worth its copy, and look for the next leader."""
+        assert sequence.slot is not None
         match = self._match(sequence)
-        self._follow(sequence, match.length if match else 0)
+        if match is None or match.length < sequence.n_computed + self.n_copy_min:
+            match = Match(sequence.slot, sequence.n_computed)
+        self._follow(sequence, match.length)
         return self._begin(sequence, match)
 
-    def _target(self, free: list[int], match: int | None, length: int) -> int:
-        if match in free and 2 * length >= len(self.slots[match].tokens):
-            return match  # most of what it holds is used again: no copy, nothing lost
+    def _target(self, free: list[int], match: Match | None) -> int:
+        if match and match.slot in free and 2 * match.length >= len(self.slots[match.slot].tokens):
+            return match.slot  # most of what it holds is used again: no copy, nothing lost
         empty = [index for index in free if not self.slots[index].tokens]
-        others = [index for index in free if index != match] or free
+        others = [index for index in free if match is None or index != match.slot] or free
         return empty[0] if empty else min(others, key=lambda index: self.slots[index].last_used)

@@ -15,7 +15,16 @@ from contextlib import ExitStack
 from engine import wire
 from engine.llama import Adapter, Context, Model, gpu_name
 from engine.loop import Loop, Output
-from engine.request import Delta, EngineConfig, EngineError, EngineInfo, EngineStats, Event, ModelLoadFailed
+from engine.request import (
+    Delta,
+    EngineConfig,
+    EngineError,
+    EngineInfo,
+    EngineStats,
+    Event,
+    KVType,
+    ModelLoadFailed,
+)
 
 MAX_MESSAGES = 1000  # read between two steps; what comes after waits for the next one
 
@@ -77,7 +86,7 @@ def load(config: EngineConfig, stack: ExitStack) -> tuple[Loop, EngineInfo]:
             n_seq_max=config.n_parallel,
             n_outputs_max=config.n_parallel,
             n_threads=config.n_threads,
-            type_k=config.kv_type_k,
+            type_k=config.kv_type_k or default_key_type(config),
             type_v=config.kv_type_v,
         )
     )
@@ -87,6 +96,23 @@ def load(config: EngineConfig, stack: ExitStack) -> tuple[Loop, EngineInfo]:
     loop = Loop(model, context, n_ctx=config.n_ctx, n_parallel=config.n_parallel, max_queue=config.max_queue)
     stack.callback(loop.close)
     return loop, describe(config, model, context)
+
+
+def default_key_type(config: EngineConfig) -> KVType:
+    """bf16 on the CPU, so that a text does not depend on how many others are written beside it.
+
+    With keys and values of one type, llama.cpp's CPU attention takes another kernel for calls of 64 tokens
+    and more, and splits one lone token over the threads from 512 cells on: the last bits differ, and
+    quantized activations make much of last bits. Measured with 16 greedy streams of 64 tokens: f16 12 of 16
+    differ from the text alone, bf16 none. Mean KL to f32 keys 4.42e-3 (bf16), 4.48e-3 (f16), which is the
+    noise of the activations; decode as fast, prefill 5 % (256 tokens) to 20 % (1,024 tokens) slower.
+    """
+    return "f16" if offload_device(config) else "bf16"
+
+
+def offload_device(config: EngineConfig) -> str | None:
+    """The GPU that layers go to; None when all runs on the CPU."""
+    return None if config.n_gpu_layers == 0 else gpu_name()
 
 
 def warm_up(context: Context) -> None:
@@ -99,7 +125,6 @@ def warm_up(context: Context) -> None:
 
 def describe(config: EngineConfig, model: Model, context: Context) -> EngineInfo:
     """What the server wants to know of the loaded model."""
-    offloads = config.n_gpu_layers is None or config.n_gpu_layers > 0
     return EngineInfo(
         n_ctx=config.n_ctx,
         n_parallel=config.n_parallel,
@@ -117,7 +142,7 @@ def describe(config: EngineConfig, model: Model, context: Context) -> EngineInfo
         eos_id=model.eos_id,
         eot_id=model.eot_id,
         add_bos=model.adds_bos,
-        gpu=gpu_name() if offloads else None,
+        gpu=offload_device(config),
         n_threads=context.n_threads,
     )
 

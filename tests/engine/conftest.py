@@ -81,12 +81,10 @@ def make_runner(model: Model):
 
 @pytest.fixture(scope="session")
 def shared_context(model: Model) -> Iterator[Context]:
-    """2,048 cells, 16 sequences, calls of 48 tokens, all of which may have logits.
-
-    From 64 tokens a call on, llama.cpp's attention takes another kernel, whose rounding differs: below
-    that, and with few cells in use, a batched result equals the single one to the last bit.
-    """
-    with Context.open(model, n_ctx=2048, n_batch=48, n_seq_max=16, n_threads=1) as context:
+    """Sixteen sequences of 256 cells, as the server opens them: bf16 keys, all tokens may have logits."""
+    with Context.open(
+        model, n_ctx=16 * 256, n_batch=128, n_seq_max=16, n_threads=1, type_k="bf16"
+    ) as context:
         yield context
 
 

@@ -86,33 +86,51 @@ def test_more_tokens_than_the_context_are_refused(context):
         evaluate(context, [1] * 300)
 
 
-def test_shared_cells_serve_another_sequence(model, context):
+@pytest.mark.parametrize("unified", [False, True])
+def test_a_copied_prefix_serves_another_sequence(model, unified):
     tokens = model.tokenize(TEXT)[:12]
-    expected = evaluate(context, tokens)[-1]
+    with Context.open(model, n_ctx=256, n_batch=16, n_seq_max=4, n_threads=1, unified=unified) as context:
+        expected = evaluate(context, tokens)[-1]
+        context.batch.clear()
+        context.batch.extend([*tokens[:-1], 5], start=0, sequence=0, output=False)
+        context.batch.add(7, 0, 3, output=False)
+        context.decode()
+        context.copy(0, 3, len(tokens) - 1)
+        context.remove(0)
+        assert (context.length(0), context.length(3)) == (0, len(tokens) - 1)
+        context.batch.clear()
+        index = context.batch.add(tokens[-1], len(tokens) - 1, 3, output=True)
+        context.decode()
+        assert np.abs(context.logits(index) - expected).max() < 0.1
+
+
+def test_a_busy_sequence_lends_its_prefix_and_goes_on(model, context):
+    tokens = model.tokenize(TEXT)[:8]
     context.batch.clear()
-    context.batch.extend(tokens[:-1], start=0, sequence=0, output=False)
+    context.batch.extend(tokens, start=0, sequence=1, output=False)
     context.decode()
-    context.copy(0, 3, 0, len(tokens) - 1)
-    context.remove(0)
-    assert (context.length(0), context.length(3)) == (0, len(tokens) - 1)
+    context.copy(1, 2, 6)
     context.batch.clear()
-    index = context.batch.add(tokens[-1], len(tokens) - 1, 3, output=True)
+    lent = context.batch.extend(tokens[6:], start=6, sequence=2, output=True)
+    goes_on = context.batch.add(tokens[0], 8, 1, output=True)
     context.decode()
-    assert np.abs(context.logits(index) - expected).max() < 0.1
+    logits = context.logits(lent).copy(), context.logits(goes_on).copy()
+    assert np.abs(logits[0] - evaluate(context, tokens)[-1]).max() < 0.1
+    assert np.abs(logits[1] - evaluate(context, [*tokens, tokens[0]])[-1]).max() < 0.1
 
 
 def test_a_full_memory_fails_the_call_and_leaves_the_rest_usable(context):
-    context.batch.clear()
-    for start in range(0, 256, 16):
+    for start in range(0, context.n_ctx_seq, 16):
         context.batch.clear()
         context.batch.extend([5] * 16, start=start, sequence=0, output=False)
         context.decode()
     context.batch.clear()
-    context.batch.add(5, 0, 1, output=True)
+    context.batch.add(5, context.n_ctx_seq, 0, output=True)
     with pytest.raises(DecodeFailed, match="no room") as caught:
         context.decode()
     assert caught.value.status == 1
-    context.remove(0)
+    context.batch.clear()
+    context.batch.add(5, 0, 1, output=True)
     context.decode()
 
 

@@ -181,6 +181,19 @@ def test_a_short_common_start_is_not_waited_for():
     assert len(model.calls) == 1
 
 
+def test_a_short_prefix_of_another_slot_is_not_worth_its_copy():
+    model = fake(n_slots=2, n_copy_min=10)
+    run(model, Sequence("long", prompt(30), max_tokens=1))
+    short, own = Sequence("short", (*prompt(9), 0), max_tokens=1), Sequence("own", prompt(29), max_tokens=1)
+    run(model, short)
+    assert short.n_cached == 0
+    run(model, own)
+    assert own.n_cached == 28, "what its own slot holds costs no copy"
+    other = Sequence("other", (*prompt(12), 0), max_tokens=1)
+    run(model, other)
+    assert other.n_cached == 12
+
+
 def test_without_sharing_nothing_is_kept():
     model = fake(share_prefixes=False)
     run(model, Sequence("a", prompt(20), max_tokens=1))
