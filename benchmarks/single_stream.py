@@ -24,7 +24,13 @@ PROMPT = "Write a long story about a lighthouse keeper and the sea. Tell every d
 
 def measure(url: str, tokens: int) -> dict[str, float]:
     """One streamed chat completion: seconds to the first token and tokens/s after it, as a client sees."""
-    body = {"model": "default", "messages": [{"role": "user", "content": PROMPT}], "temperature": 0}
+    name = httpx.get(f"{url}/models").json()["data"][0]["id"]
+    body = {
+        "model": name,
+        "ignore_eos": True,
+        "messages": [{"role": "user", "content": PROMPT}],
+        "temperature": 0,
+    }
     body |= {"max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True}}
     stamps: list[float] = []
     usage: dict[str, int] = {}
