@@ -142,7 +142,6 @@ def ask(url: str, question: str) -> dict[str, Any]:
         "messages": [{"role": "user", "content": question}],
         "collection": COLLECTION,
         "prompt": "grounded",
-        "passages": 3,
         "temperature": 0,
         "max_tokens": 80,
     }
