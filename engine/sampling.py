@@ -1,6 +1,6 @@
 """One sampler chain a sequence, built of llama.cpp's own samplers, and log-probabilities of what was chosen.
 
-Plain greedy sampling takes the shortest way: an argmax over the logits, no chain at all.
+Greedy sampling takes the shortest way: an argmax over the logits, biases added, no chain at all.
 """
 
 import secrets
@@ -42,8 +42,10 @@ class Sampler:
         biases = list(sampling.logit_bias)
         if ignore_eos:
             biases += [(token, float("-inf")) for token in sorted(context.model.eog_tokens)]
-        is_plain = not biases and sampling.grammar is None and not _penalises(sampling)
-        self._chain = None if is_plain and _is_greedy(sampling) else _chain(context, sampling, biases)
+        _check_biases(biases, context.model.n_vocab)
+        is_plain = _is_greedy(sampling) and sampling.grammar is None and not _penalises(sampling)
+        self._chain = None if is_plain else _chain(context, sampling, biases)
+        self._biases = _Biases(biases)
         self._grammar: Grammar | None = None
         if sampling.grammar is not None:
             self._grammar = Grammar.parse(context.model, sampling.grammar)
@@ -60,7 +62,7 @@ class Sampler:
         """The next token, from the logits of batch entry `index`."""
         logits = self._context.logits(index)
         if self._chain is None:
-            token = int(logits.argmax())
+            token = self._biases.likeliest(logits)
             if np.isnan(logits[token]):  # argmax finds a NaN first
                 raise NotANumber
             return token
@@ -103,6 +105,40 @@ def logprobs(context: Context, index: int, token: int, *, n_top: int) -> TokenLo
     return TokenLogprob(token, piece, float(logits[token] - normaliser), tuple(top))
 
 
+class _Biases:
+    """What a greedy choice adds to some logits, for the moment of choosing."""
+
+    def __init__(self, biases: list[tuple[int, float]]) -> None:
+        sums: dict[int, float] = {}
+        for token, bias in biases:
+            sums[token] = sums.get(token, 0.0) + _added(bias)
+        self._tokens = np.fromiter(sums, np.intp, len(sums))
+        self._added = np.fromiter(sums.values(), np.float32, len(sums))
+
+    def likeliest(self, logits: np.ndarray) -> int:
+        """The token of the highest biased logit, the first of equals; `logits` is left as it was."""
+        if not len(self._tokens):
+            return int(logits.argmax())
+        own = logits[self._tokens]
+        logits[self._tokens] = own + self._added
+        token = int(logits.argmax())
+        logits[self._tokens] = own
+        return token
+
+
+def _added(bias: float) -> float:
+    """OpenAI's -100 means never."""
+    return float("-inf") if bias <= -100 else bias
+
+
+def _check_biases(biases: list[tuple[int, float]], n_vocab: int) -> None:
+    for token, _ in biases:
+        if token >= n_vocab:
+            raise InvalidRequest(
+                f"logit_bias: token {token} is not in the vocabulary of {n_vocab}", field="logit_bias"
+            )
+
+
 def _is_greedy(sampling: Sampling) -> bool:
     """Logits divided by less than this could overflow to infinity, and the draw would be of NaN."""
     return sampling.temperature < MIN_TEMPERATURE
@@ -124,15 +160,8 @@ def _look_back(sampling: Sampling, n_prompt: int) -> int:
 def _chain(context: Context, sampling: Sampling, biases: list[tuple[int, float]]) -> Chain:
     """llama.cpp's usual order: biases, penalties, DRY, then the cuts, temperature and the draw."""
     chain = Chain(context.model)
-    n_vocab = context.model.n_vocab
-    for token, _ in biases:
-        if token >= n_vocab:
-            chain.close()
-            raise InvalidRequest(
-                f"logit_bias: token {token} is not in the vocabulary of {n_vocab}", field="logit_bias"
-            )
     if biases:
-        chain.add_logit_bias([(t, float("-inf") if bias <= -100 else bias) for t, bias in biases])
+        chain.add_logit_bias([(token, _added(bias)) for token, bias in biases])
     if sampling.repeat_last_n:
         chain.add_penalties(
             last_n=sampling.repeat_last_n,

@@ -63,12 +63,16 @@ class Service:
 async def opened(
     settings: Settings,
     *,
+    keys: Keys | None = None,
     store: Store | None = None,
     start: Start | None = None,
     load_embedder: Callable[[str], Embedder] | None = None,
 ) -> AsyncIterator[Service]:
-    """The service of the settings; whatever cannot be opened is reported before anything is served."""
-    keys = read_keys(settings)
+    """The service of the settings; whatever cannot be opened is reported before anything is served.
+
+    `keys`: those that may ask, by default what the settings and the environment say.
+    """
+    keys = read_keys(settings) if keys is None else keys
     store = store or Store.default()
     plans = plan(settings, store)
     embedders = EmbedderThread(

@@ -23,6 +23,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 
+def pytest_unconfigure() -> None:
+    """Close the files that llama_cpp opens for good: Python would warn of them after the summary."""
+    module = sys.modules.get("llama_cpp._utils")
+    if module is not None:
+        module.outnull_file.close()
+        module.errnull_file.close()
+
+
 def fetched(path: Path) -> Path:
     """The path, or a failure that says how to get it."""
     assert path.exists(), f"{path.relative_to(ROOT)} is missing: run `make test`, which fetches it"

@@ -108,17 +108,18 @@ async def _ask_server(url: str, body: dict[str, Any], as_json: bool) -> None:
 
 
 async def _ask_here(config: Path | None, body: dict[str, Any], as_json: bool) -> None:
-    """Through the server's own application, without a socket."""
+    """Through the server's own application, without a socket, so that nobody needs a key."""
     import httpx
 
     from lq.commands.serve import stocked
     from server.app import create_app
+    from server.auth import Keys
     from server.in_process import BASE_URL, InProcess
     from server.service import opened
 
     settings = _settings(config, body)
     async with (
-        opened(settings, store=stocked(settings)) as service,
+        opened(settings, keys=Keys(()), store=stocked(settings)) as service,
         httpx.AsyncClient(
             transport=InProcess(create_app(service)), base_url=BASE_URL, timeout=None
         ) as client,

@@ -137,6 +137,7 @@ def ask(url: str, question: str) -> dict[str, Any]:
     """The chat completion, asked as any OpenAI client would."""
     import httpx
 
+    key = os.environ.get("LQ_API_KEY")
     body = {
         "model": MODEL,
         "messages": [{"role": "user", "content": question}],
@@ -146,7 +147,8 @@ def ask(url: str, question: str) -> dict[str, Any]:
         "max_tokens": 80,
     }
     started = time.perf_counter()
-    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=300)
     if response.status_code != 200:
         raise DemoFailed(f"the server answered {response.status_code}: {response.text[:500]}")
     return response.json() | {"seconds": time.perf_counter() - started}
@@ -174,13 +176,16 @@ def how_to_go_on(url: str, question: str) -> str:
     body = json.dumps(
         {"model": MODEL, "collection": COLLECTION, "messages": [{"role": "user", "content": question}]}
     )
+    header, key = "", '"none"'
+    if os.environ.get("LQ_API_KEY"):
+        header, key = ' -H "Authorization: Bearer $LQ_API_KEY"', 'os.environ["LQ_API_KEY"]'
     return f"""
 The server keeps running at {url}/v1 (API: {url}/docs). Ask it yourself:
 
-  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{header} -d '{body}'
 
-  from openai import OpenAI
-  client = OpenAI(base_url="{url}/v1", api_key="none")
+  from openai import OpenAI  # pip install openai
+  client = OpenAI(base_url="{url}/v1", api_key={key})
   answer = client.chat.completions.create(
       model="{MODEL}", messages=[{{"role": "user", "content": "{question}"}}],
       extra_body={{"collection": "{COLLECTION}"}})

@@ -92,6 +92,15 @@ def test_a_logit_bias_bans_and_forces(context, index):
     assert draws(context, index, Sampling(temperature=0, logit_bias=((5, 1000.0),)), n=1) == {5}
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_biases_of_one_token_add_up_and_leave_the_logits_alone(context, index, temperature):
+    before = context.logits(index).copy()
+    best, second = np.argsort(-before)[:2].tolist()
+    forced = ((second, 1000.0), (best, 2000.0), (best, -math.inf))
+    assert draws(context, index, Sampling(temperature=temperature, logit_bias=forced), n=1) == {second}
+    assert np.array_equal(context.logits(index), before)
+
+
 def test_a_bias_beyond_the_vocabulary_is_refused(context):
     with pytest.raises(InvalidRequest) as caught:
         Sampler(context, Sampling(logit_bias=((10**6, 1.0),)), prompt=(1,))
