@@ -149,6 +149,7 @@ def _whole_lines(path: Path) -> list[dict]:
     if len(whole) != len(data):
         os.truncate(path, len(whole))
     try:
-        return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+        # not splitlines(): the text of a model may hold U+2028, which it takes for the end of a line too
+        return [json.loads(line) for line in whole.split(b"\n")[:-1]]
     except ValueError:
         return []

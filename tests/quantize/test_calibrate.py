@@ -188,6 +188,19 @@ def test_junk_in_place_of_the_file_is_begun_anew_and_never_read_as_conversations
     assert not Journal.open(path, key="k").accepted
 
 
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r", "\n"])
+def test_a_character_that_some_take_for_a_line_end_stays_in_its_line(character, tmp_path):
+    path = tmp_path / "talk.jsonl"
+    text = f"one{character}two"
+    spoken = Conversation(0, 1, 0.5, (1, 2, 3), (Span("assistant", 3),), assistant=text)
+    Journal.open(path, key="k").add(spoken)
+    continued = Journal.open(path, key="k")
+    assert continued.accepted == [spoken]
+    continued.reject(1, "empty answer")
+    assert read(path) == [spoken]
+    assert Journal.open(path, key="k").numbers == {0, 1}
+
+
 def test_loops_are_told_from_text_by_their_repeated_grams():
     assert repeated_share([1, 2, 3, 4, 5, 6, 7, 8]) == 0
     assert repeated_share([1, 2] * 20) > 0.9
