@@ -5,6 +5,7 @@ allows more. Keywords that cannot be kept are refused by name; size and depth ar
 """
 
 import json
+import re
 from typing import Any
 
 from server.errors import BadRequest
@@ -13,6 +14,8 @@ from server.grammar import literal, text
 MAX_DEPTH = 32
 MAX_NODES = 2000
 MAX_REPEATS = 1000
+#: How GBNF names a rule.
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
 
 ANNOTATIONS = frozenset(
     {"title", "description", "default", "examples", "example", "$schema", "$id", "$comment", "deprecated"}
@@ -44,6 +47,14 @@ class _Converter:
         self._references: dict[str, str] = {}
         self._nodes = 0
 
+    def named(self, expression: str) -> str:
+        """A rule's name for what is written more than once, so that nesting never multiplies it."""
+        if NAME.fullmatch(expression):
+            return expression
+        name = f"r{len(self.rules)}"
+        self.rules[name] = expression
+        return name
+
     def visit(self, schema: Any, place: str, depth: int) -> str:
         """A GBNF expression, safe to stand in a sequence."""
         self._nodes += 1
@@ -69,11 +80,7 @@ class _Converter:
         return self._typed(schema, place, depth)
 
     def _typed(self, schema: dict[str, Any], place: str, depth: int) -> str:
-        kinds = schema.get("type", _implied(schema))
-        kinds = kinds if isinstance(kinds, list) else [kinds]
-        for kind in kinds:
-            if kind not in KEYWORDS:
-                raise BadRequest(f"{place}.type: {kind!r} is not a JSON type", param=f"{place}.type")
+        kinds = _kinds(schema, place)
         _only(schema, {"type"}.union(*(KEYWORDS[kind] for kind in kinds)), place)
         parts = [self._of_kind(kind, schema, place, depth) for kind in kinds]
         return parts[0] if len(parts) == 1 else f"({' | '.join(parts)})"
@@ -89,18 +96,12 @@ class _Converter:
         return kind
 
     def _object(self, schema: dict[str, Any], place: str, depth: int) -> str:
-        properties = schema.get("properties", {})
-        required = schema.get("required", [])
-        if not isinstance(properties, dict) or not isinstance(required, list):
-            raise BadRequest(f"{place}: `properties` is an object and `required` a list", param=place)
-        for name in required:
-            if name not in properties:
-                raise BadRequest(f"{place}.required: {name!r} is no property", param=f"{place}.required")
+        properties, required = _properties(schema, place)
         if not properties:
             return self._map(schema.get("additionalProperties", True), place, depth)
         pairs = []
         for name, inner in properties.items():
-            value = self.visit(inner, f"{place}.properties.{name}", depth + 1)
+            value = self.named(self.visit(inner, f"{place}.properties.{name[:100]}", depth + 1))
             pairs.append((f'{_json_literal(name)} ":" ws {value}', name in required))
         return f'"{{" ws {self._members(pairs)} ws "}}"'
 
@@ -126,11 +127,11 @@ class _Converter:
         if additional is False:
             return '"{" ws "}"'
         value = self.visit(additional, f"{place}.additionalProperties", depth + 1)
-        pair = f'string ":" ws {value}'
+        pair = self.named(f'string ":" ws {value}')
         return f'"{{" ws ({pair} ("," ws {pair})*)? ws "}}"'
 
     def _array(self, schema: dict[str, Any], place: str, depth: int) -> str:
-        item = self.visit(schema.get("items", True), f"{place}.items", depth + 1)
+        item = self.named(self.visit(schema.get("items", True), f"{place}.items", depth + 1))
         low, high = _bounds(schema, "minItems", "maxItems", place)
         if high == 0:
             return '"[" ws "]"'
@@ -150,22 +151,50 @@ class _Converter:
         return f"({' | '.join(parts)})"
 
     def _reference(self, reference: Any, place: str, depth: int) -> str:
+        if not isinstance(reference, str):
+            raise BadRequest(f"{place}.$ref: must be text such as '#/$defs/name'", param=f"{place}.$ref")
         if reference in self._references:
             return self._references[reference]
-        target = self.root
-        steps = reference.split("/") if isinstance(reference, str) else [""]
-        for step in steps[1:]:
+        target: Any = self.root
+        first, *steps = reference.split("/")
+        for step in steps:
             target = (
                 target.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
             )
-        if steps[0] != "#" or target is None:
-            raise BadRequest(f"{place}.$ref: {reference!r} is not in this schema", param=f"{place}.$ref")
+        if first != "#" or target is None:
+            problem = f"{reference[:100]!r} is not in this schema"
+            raise BadRequest(f"{place}.$ref: {problem}", param=f"{place}.$ref")
         name = f"ref{len(self._references)}"
         self._references[reference] = name
-        self.rules[name] = self.visit(target, f"{self.place}({reference})", depth + 1)
+        self.rules[name] = self.visit(target, f"{self.place}({reference[:100]})", depth + 1)
         if self.rules[name] == name:
-            raise BadRequest(f"{place}.$ref: {reference!r} refers to itself alone", param=f"{place}.$ref")
+            problem = f"{reference[:100]!r} refers to itself alone"
+            raise BadRequest(f"{place}.$ref: {problem}", param=f"{place}.$ref")
         return name
+
+
+def _kinds(schema: dict[str, Any], place: str) -> list[str]:
+    """The JSON types of a schema, each once."""
+    kinds = schema.get("type", _implied(schema))
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    for kind in kinds or [None]:
+        if not isinstance(kind, str) or kind not in KEYWORDS:
+            shown = repr(kind[:100]) if isinstance(kind, str) else f"a value of type {type(kind).__name__}"
+            problem = f"{shown} is not a JSON type; known: {', '.join(KEYWORDS)}"
+            raise BadRequest(f"{place}.type: {problem}", param=f"{place}.type")
+    return list(dict.fromkeys(kinds))
+
+
+def _properties(schema: dict[str, Any], place: str) -> tuple[dict[str, Any], set[str]]:
+    """(properties, the names of those that are required)."""
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        raise BadRequest(f"{place}: `properties` is an object and `required` a list", param=place)
+    for name in required:
+        if not isinstance(name, str) or name not in properties:
+            shown = repr(name[:100]) if isinstance(name, str) else f"a value of type {type(name).__name__}"
+            raise BadRequest(f"{place}.required: {shown} is no property", param=f"{place}.required")
+    return properties, set(required)
 
 
 def _implied(schema: dict[str, Any]) -> list[str] | str:
@@ -178,18 +207,19 @@ def _implied(schema: dict[str, Any]) -> list[str] | str:
 def _only(schema: dict[str, Any], known: set[str], place: str) -> None:
     for key in schema:
         if key not in known and key not in ANNOTATIONS:
-            problem = f"the keyword {key!r} cannot be kept here; leave it out and check it yourself"
-            raise BadRequest(f"{place}.{key}: {problem}", param=f"{place}.{key}", code="unsupported_schema")
+            param = f"{place}.{key[:100]}"
+            problem = f"the keyword {key[:100]!r} cannot be kept here; leave it out and check it yourself"
+            raise BadRequest(f"{param}: {problem}", param=param, code="unsupported_schema")
 
 
 def _bounds(schema: dict[str, Any], low_key: str, high_key: str, place: str) -> tuple[int, int | None]:
-    low, high = schema.get(low_key, 0), schema.get(high_key)
-    for key, value in ((low_key, low), (high_key, high)):
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_REPEATS
-        ):
-            problem = f"{value!r} is not a whole number from 0 to {MAX_REPEATS}"
+    for key in (low_key, high_key):
+        value = schema.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_REPEATS:
+            shown = value if isinstance(value, int | float) else f"a value of type {type(value).__name__}"
+            problem = f"{shown} is not a whole number from 0 to {MAX_REPEATS}"
             raise BadRequest(f"{place}.{key}: {problem}", param=f"{place}.{key}")
+    low, high = schema.get(low_key, 0), schema.get(high_key)
     if high is not None and low > high:
         raise BadRequest(f"{place}.{low_key}: {low} is above {high_key} {high}", param=f"{place}.{low_key}")
     return low, high

@@ -5,9 +5,10 @@ import re
 
 import pytest
 
+from engine.grammar import grammar_problem
 from server.errors import BadRequest
 from server.grammar import JSON_OBJECT
-from server.json_schema import to_grammar
+from server.json_schema import MAX_DEPTH, to_grammar
 
 
 class Matcher:
@@ -177,6 +178,18 @@ def test_any_object_is_an_object():
         ({"enum": []}, "schema.enum"),
         ({"anyOf": {}}, "schema.anyOf"),
         ({"items": 3, "type": "array"}, "schema.items"),
+        ({"$ref": []}, "schema.$ref"),
+        ({"$ref": None}, "schema.$ref"),
+        ({"type": {}}, "schema.type"),
+        ({"type": [[]]}, "schema.type"),
+        ({"type": []}, "schema.type"),
+        ({"type": None}, "schema.type"),
+        ({"type": "object", "properties": {"a": {}}, "required": [[]]}, "schema.required"),
+        ({"type": "object", "properties": []}, "schema"),
+        ({"type": "array", "minItems": None}, "schema.minItems"),
+        ({"type": "array", "maxItems": None}, "schema.maxItems"),
+        ({"type": "string", "minLength": {}}, "schema.minLength"),
+        ({"type": "object", "additionalProperties": 3}, "schema.additionalProperties"),
     ],
 )
 def test_what_cannot_be_kept_is_refused_with_its_path(schema, param):
@@ -191,3 +204,44 @@ def test_depth_is_bounded():
         schema = {"type": "array", "items": schema}
     with pytest.raises(BadRequest, match="deeper than 32"):
         to_grammar(schema, place="schema")
+
+
+WRAPPINGS = {
+    "array": (lambda inner: {"type": "array", "items": inner}, lambda inner: [inner, inner]),
+    "map": (lambda inner: {"type": "object", "additionalProperties": inner}, lambda inner: {"k": inner}),
+    "property": (
+        lambda inner: {"type": "object", "properties": {"a": inner}},
+        lambda inner: {"a": inner},
+    ),
+    "choice": (
+        lambda inner: {"type": "array", "items": {"anyOf": [{"type": "null"}, inner]}},
+        lambda inner: [None, inner],
+    ),
+}
+
+
+def nested(wrapping: str, depth: int):
+    """(schema, value that fits it) of a depth."""
+    schema, value = {"type": "string", "maxLength": 3}, "abc"
+    schema_of, value_of = WRAPPINGS[wrapping]
+    for _ in range(depth):
+        schema, value = schema_of(schema), value_of(value)
+    return schema, value
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_the_deepest_schema_makes_a_small_grammar_that_the_engine_takes(wrapping):
+    depth = MAX_DEPTH // 2 if wrapping == "choice" else MAX_DEPTH  # a choice in an array is two levels
+    text = to_grammar(nested(wrapping, depth)[0], place="schema")
+    assert len(text) < 50_000
+    assert grammar_problem(text) is None
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_nested_parts_are_matched_as_deep_as_they_are_and_no_deeper(wrapping):
+    schema, value = nested(wrapping, 4)
+    matcher = grammar(schema)
+    assert matcher.matches(json.dumps(value))
+    for wrong in (nested(wrapping, 5)[1], nested(wrapping, 3)[1]):
+        assert not matcher.matches(json.dumps(wrong))
+    assert not matcher.matches(json.dumps(value).replace("abc", "abcd"))
