@@ -27,20 +27,22 @@ def render_chat(
     eos_token: str,
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
-    **variables: Any,
+    variables: Mapping[str, object] | None = None,
 ) -> str:
     """The prompt text for the messages, up to where the assistant's answer begins.
 
+    `variables` are what a template knows beyond the usual, such as Qwen3's `enable_thinking`; they never
+    replace what is named here.
     Raises InvalidRequest: field "messages" when the template refuses or cannot print them,
     "chat_template" when it is not Jinja at all.
     """
     values = {
+        **(variables or {}),
         "messages": [dict(message) for message in messages],
         "bos_token": bos_token,
         "eos_token": eos_token,
         "add_generation_prompt": add_generation_prompt,
         "tools": tools,
-        **variables,
     }
     compiled = _compiled(template)
     try:

@@ -70,10 +70,14 @@ def test_loops_know_their_first_last_and_length():
 
 
 def test_tools_and_other_variables_reach_the_template():
-    assert (
-        render("{{ tools[0].name }}{{ enable_thinking }}", tools=[{"name": "f"}], enable_thinking=False)
-        == "fFalse"
-    )
+    template = "{{ tools[0].name }}{{ enable_thinking }}"
+    assert render(template, tools=[{"name": "f"}], variables={"enable_thinking": False}) == "fFalse"
+
+
+def test_variables_do_not_replace_what_every_template_gets():
+    taken = {"messages": [], "bos_token": "no", "eos_token": "no", "add_generation_prompt": False, "tools": 1}
+    template = "{{ messages[0].content }}{{ bos_token }}{{ eos_token }}{{ add_generation_prompt }}{{ tools }}"
+    assert render(template, variables=taken) == "hi<s></s>TrueNone"
 
 
 def test_what_the_template_raises_reaches_the_caller_with_its_words():
