@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import jinja2
 
 from engine.request import InvalidRequest
-from engine.sandbox import Sandbox
+from engine.sandbox import Sandbox, bounded_text
 
 MAX_TEMPLATE_CHARACTERS = 256 * 1024
 _USER_TURN = "lq-user-turn-begins-here"
@@ -101,13 +101,13 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """As transformers does: no HTML escapes, Unicode kept."""
-    return json.dumps(
-        value,
+    encoder = json.JSONEncoder(
         indent=None if indent is None else min(indent, 16),
-        separators=separators,
+        separators=None if separators is None else (separators[0][:16], separators[1][:16]),
         ensure_ascii=ensure_ascii,
         sort_keys=sort_keys,
     )
+    return bounded_text(encoder.iterencode(value)) if indent else encoder.encode(value)
 
 
 def _raise_exception(message: str) -> NoReturn:

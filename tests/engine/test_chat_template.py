@@ -69,6 +69,21 @@ def test_loops_know_their_first_last_and_length():
     assert render(template, HI * 2) == "1/22/2!"
 
 
+def test_lists_and_numbers_of_ordinary_size_are_computed():
+    assert render("{{ 1000000 * 50000000 }}") == "50000000000000"
+    assert (
+        render("{{ [1, 2, 3]|batch(2, 0)|list }}{{ [1, 2, 3]|slice(2)|list }}")
+        == "[[1, 2], [3, 0]][[1, 2], [3]]"
+    )
+    assert render("{{ 1.255|round(1) }}{{ 1.5|round(0, 'ceil')|int }}") == "1.32"
+    assert render("{% set a, b = 'x', messages %}{{ a }}{{ b|length }}{{ [a] + b == b + [a] }}") == "x1False"
+    gathered = (
+        "{% set ns = namespace(all=[]) %}{% for m in messages %}{% set ns.all = ns.all + [m] %}{% endfor %}"
+        "{{ ns.all|map(attribute='content')|join }}"
+    )
+    assert render(gathered, [{"role": "user", "content": "words " * 200}] * 2000) == "words " * 400_000
+
+
 def test_tools_and_other_variables_reach_the_template():
     template = "{{ tools[0].name }}{{ enable_thinking }}"
     assert render(template, tools=[{"name": "f"}], variables={"enable_thinking": False}) == "fFalse"
@@ -145,6 +160,31 @@ def test_no_way_out_of_the_sandbox(escape):
         "{{ lipsum(n=100000000) }}",
         "{% macro m(x) %}{{ m(x) }}{% endmacro %}{{ m(1) }}",
         "{{ range(100000000000) | list }}",
+        "{{ []|slice(3000000)|list|length }}",
+        "{{ [1]|batch(20000000, 0)|list|length }}",
+        "{{ 1.5|round(1000000000, 'ceil') }}",
+        "{{ 5|round(-1000000000) }}",
+        "{{ ('f' * 1000000)|int(0, 16) }}",
+        "{{ messages|tojson(indent=1, separators=('a' * 9000000, 'b' * 9000000)) }}",
+        "{% set ns = namespace(a=range(50000)|list) %}"
+        "{% for _ in range(500) %}{% set ns.a = [ns.a] %}{% endfor %}{{ ns.a|tojson(indent=16) }}",
+        *(
+            "{% set ns = namespace(a=[]) %}{% macro keep() %}{% set ns.a = varargs %}{% endmacro %}"
+            "{% for _ in range(40) %}" + grow + "{% endfor %}{{ ns.a }}"
+            for grow in (
+                "{% set ns.a = [ns.a, ns.a] %}",
+                "{% set ns.a = (ns.a, ns.a) %}",
+                "{% set ns.a = {1: ns.a, 2: ns.a} %}",
+                "{% set ns.a = dict(x=ns.a, y=ns.a) %}",
+                "{% set ns.a = dict(x=ns.a, y=ns.a).values() %}",
+                "{% set ns.a = [ns.a] * 2 %}",
+                "{% set ns.a = [ns.a] + [ns.a] %}",
+                "{% set ns.a = [ns.a]|batch(2, ns.a)|list %}",
+                "{% set ns.a = [0, 0]|map('default', ns.a, true)|list %}",
+                "{% set ns.a = [ns, ns]|map(attribute='a')|list %}",
+                "{{ keep(ns.a, ns.a) }}",
+            )
+        ),
     ],
 )
 def test_no_text_can_be_blown_up(bomb):
