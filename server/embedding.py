@@ -16,6 +16,9 @@ T = TypeVar("T")
 
 #: Texts of one turn of the thread.
 BATCH = 32
+#: Texts of more characters for each token that the embedder reads are refused uncounted: counting the tokens
+#: of 10 MB takes gigabytes. Prose has 2 to 6, the longest words of a vocabulary about 20.
+CHARACTERS_PER_TOKEN = 64
 
 
 class Embedder(Protocol):
@@ -38,12 +41,9 @@ class Embedder(Protocol):
 
 
 class TooLong(BadRequest):
-    def __init__(self, place: str, n_tokens: int, limit: int) -> None:
-        super().__init__(
-            f"{place} has {n_tokens} tokens and the embedder reads {limit}: split the text",
-            param=place,
-            code="context_length_exceeded",
-        )
+    def __init__(self, place: str, size: str, limit: str) -> None:
+        problem = f"{place} has {size} and the embedder reads {limit}: split the text"
+        super().__init__(problem, param=place, code="context_length_exceeded")
 
 
 class EmbedderThread:
@@ -80,13 +80,12 @@ class EmbedderThread:
             batch = texts[first : first + BATCH]
 
             def work(embedder: Embedder, batch=batch, first=first) -> tuple[np.ndarray, int]:
-                counts = [embedder.count_tokens(text) for text in batch]
-                for offset, count in enumerate(counts):
-                    if count > embedder.max_tokens:
-                        place = f"input[{first + offset}]" if len(texts) > 1 else "input"
-                        raise TooLong(place, count, embedder.max_tokens)
+                n_tokens = sum(
+                    _counted(embedder, text, f"input[{number}]" if len(texts) > 1 else "input")
+                    for number, text in enumerate(batch, start=first)
+                )
                 embed = embedder.queries if as_queries else embedder.documents
-                return embed(batch), sum(counts)
+                return embed(batch), n_tokens
 
             vectors, count = await self.use(name, work)
             rows.append(vectors)
@@ -101,3 +100,15 @@ class EmbedderThread:
         if name not in self._embedders:
             self._embedders[name] = self._load(name)
         return self._embedders[name]
+
+
+def _counted(embedder: Embedder, text: str, place: str) -> int:
+    """Tokens of a text; TooLong for more than the embedder reads."""
+    limit = embedder.max_tokens
+    if len(text) > CHARACTERS_PER_TOKEN * limit:
+        most = f"{limit} tokens, never more than {CHARACTERS_PER_TOKEN * limit} characters"
+        raise TooLong(place, f"{len(text)} characters", most)
+    n_tokens = embedder.count_tokens(text)
+    if n_tokens > limit:
+        raise TooLong(place, f"{n_tokens} tokens", str(limit))
+    return n_tokens

@@ -18,7 +18,7 @@ from engine.request import (
 )
 from models.errors import ModelsError
 from prompts.errors import PromptError
-from rag.collection import UnknownCollection
+from rag.collection import InvalidName, UnknownCollection
 from rag.errors import RagError
 
 #: Seconds after which a client may come back when the engine is being started again.
@@ -135,6 +135,7 @@ TABLE: dict[type[BaseException], Row] = {
     InvalidRequest: Row(400, "invalid_value"),
     BadRequest: Row(400, "invalid_value"),
     PromptError: Row(400, "invalid_prompt", "prompt"),
+    InvalidName: Row(400, "invalid_collection", "collection"),
     BadJSON: Row(400, "invalid_json"),
     Unauthorized: Row(401, "invalid_api_key"),
     HostNotAllowed: Row(403, "host_not_allowed"),

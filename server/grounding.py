@@ -9,16 +9,17 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from prompts.message import Source as PromptSource
-from rag.collection import Collection, Passage
-from rag.collection import names as collection_names
+from rag.collection import Collection, Passage, directory_of
 from server.embedding import EmbedderThread
 from server.errors import BadRequest
 from server.schema.usage import Source
-from server.settings import NAME
 
 DEFAULT_PASSAGES = 5
 #: Room that passages leave for the answer when the request does not say how long it may be.
 ANSWER_TOKENS = 512
+#: A longer question is searched for with its last characters: people ask behind what they paste, and an
+#: embedder reads a few hundred tokens at most. The model still gets all of it.
+SEARCHED_CHARACTERS = 2000
 
 Count = Callable[[Sequence[Passage]], Awaitable[int]]
 
@@ -32,16 +33,14 @@ class Retriever:
         self._open: dict[str, Collection] = {}
         self._lock = threading.Lock()
 
-    def names(self) -> list[str]:
-        return collection_names(self._root)
-
     def check(self, name: str) -> None:
-        """Raise UnknownCollection unless the collection exists."""
+        """Raise InvalidName or UnknownCollection unless the collection exists."""
         self._collection(name)
 
     async def search(self, name: str, question: str, *, k: int) -> list[Passage]:
         """The best passages, best first, found with the embedder that the collection was built with."""
-        if not question.strip():
+        question = question.strip()[-SEARCHED_CHARACTERS:]
+        if not question:
             raise BadRequest(
                 "the last user message is empty: there is nothing to search for", param="messages"
             )
@@ -59,19 +58,20 @@ class Retriever:
             collection.close()
 
     def _collection(self, name: str) -> Collection:
-        if not NAME.match(name):
-            raise BadRequest(f"{name[:100]!r} is no name of a collection", param="collection")
+        directory = directory_of(self._root, name)
         with self._lock:
             if name not in self._open:
-                self._open[name] = Collection.open(self._root / name)
+                self._open[name] = Collection.open(directory)
             return self._open[name]
 
 
 async def fitting(passages: Sequence[Passage], count: Count, *, budget: int) -> list[Passage]:
     """The most of the best passages whose whole prompt has at most `budget` tokens; `count` renders it."""
     low, high = 0, len(passages)
-    if high and await count(passages) <= budget:
+    if not passages or await count(passages) <= budget:
         return list(passages)
+    if await count(()) > budget:  # a long question: each further count would take as long
+        return []
     while high - low > 1:
         middle = (low + high) // 2
         if await count(passages[:middle]) <= budget:
@@ -90,8 +90,8 @@ def budget(n_ctx: int, max_tokens: int | None) -> int:
 def for_prompt(passages: Sequence[Passage]) -> list[PromptSource]:
     """Passages numbered from 1, as a prompt file sees them."""
     return [
-        PromptSource(number, passage.title, passage.file, passage.page, passage.heading or None, passage.text)
-        for number, passage in enumerate(passages, start=1)
+        PromptSource(number, each.title, each.file, _page(each), each.heading or None, each.text)
+        for number, each in enumerate(passages, start=1)
     ]
 
 
@@ -102,7 +102,7 @@ def for_answer(passages: Sequence[Passage]) -> list[Source]:
             index=number,
             file=passage.file,
             title=passage.title,
-            page=passage.page,
+            page=_page(passage),
             heading=passage.heading or None,
             start=passage.start,
             end=passage.end,
@@ -111,3 +111,8 @@ def for_answer(passages: Sequence[Passage]) -> list[Source]:
         )
         for number, passage in enumerate(passages, start=1)
     ]
+
+
+def _page(passage: Passage) -> int | None:
+    """The page of what matched best, on which the reader should look first."""
+    return passage.page_at(passage.best[0])

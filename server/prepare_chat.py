@@ -86,7 +86,7 @@ def _prompt(roster: Roster, target: Target, body: ChatRequest) -> Prompt | None:
     assistant = target.assistant
     collection = body.collection or (assistant.collection if assistant else None)
     if body.prompt is not None:
-        if not NAME.match(body.prompt) or body.prompt.endswith(template.SUFFIX):
+        if not NAME.fullmatch(body.prompt) or body.prompt.endswith(template.SUFFIX):
             problem = f"{body.prompt!r} is no name of a prompt; known: {', '.join(roster.prompt_names())}"
             raise BadRequest(problem, param="prompt", code="invalid_prompt")
         prompt = roster.prompt(body.prompt)

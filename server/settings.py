@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_EMBEDDER = "all-minilm-l6-v2"
-NAME = re.compile(r"^[\w][\w.:-]{0,99}$")
+NAME = re.compile(r"\w[\w.:-]{0,99}")
 
 ContextTokens = Annotated[int, Meta(ge=16, le=2**24)]
 
@@ -124,7 +124,7 @@ def complete(settings: Settings, where: str) -> Settings:
             raise SettingsError(f"{where}: {name!r} is a model and an assistant; rename one")
         models.setdefault(assistant.model, Model())
     for name in [*models, *settings.assistants]:
-        if not NAME.match(name):
+        if not NAME.fullmatch(name):
             raise SettingsError(f"{where}: {name!r} is no name: use letters, digits, `-`, `_`, `.`, `:`")
     return msgspec.structs.replace(settings, models=models)
 

@@ -91,19 +91,28 @@ class FakeEngine:
 
 
 class FakeEmbedder:
-    """Counts letters; reads at most 20 tokens (words)."""
+    """Counts letters; reads at most 20 tokens (words). Remembers what it counted and what it was asked."""
 
-    name, fingerprint, dimension, max_tokens = "fake", "f", 3, 20
+    dimension, max_tokens, window_tokens, reads_hangul = 3, 20, 20, False
+
+    def __init__(self, name: str = "fake", fingerprint: str = "f") -> None:
+        self.name, self.fingerprint = name, fingerprint
+        self.counted, self.asked = [], []
 
     def documents(self, texts):
         rows = np.array([[len(text), text.count("a"), 1] for text in texts], np.float32)
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
     def queries(self, texts):
+        self.asked += texts
         return -self.documents(texts)
 
     def count_tokens(self, text):
+        self.counted.append(len(text))
         return len(text.split())
+
+    def spans(self, text):
+        return [found.span() for found in re.finditer(r"\S+", text)]
 
 
 class House:
@@ -113,7 +122,8 @@ class House:
         self, settings: Settings, engine: FakeEngine, retriever: Retriever | None, keys: Keys
     ) -> None:
         self.engine = engine
-        self.embedders = EmbedderThread(lambda _: FakeEmbedder(), max_queue=settings.embedder.max_queue)
+        self.embedder = FakeEmbedder()
+        self.embedders = EmbedderThread(lambda _: self.embedder, max_queue=settings.embedder.max_queue)
         plan = Plan("fake", EngineConfig(Path("fake.gguf")), CONTROL)
         plans = dict.fromkeys([*settings.models, *settings.assistants], plan)
         retriever = retriever or Retriever(Path("/nonexistent"), self.embedders)
@@ -162,6 +172,12 @@ def build():
     yield make
     for house in houses:
         asyncio.run(house.embedders.close())
+
+
+@pytest.fixture
+def make_embedder():
+    """The class, for tests that need one of their own."""
+    return FakeEmbedder
 
 
 @pytest.fixture

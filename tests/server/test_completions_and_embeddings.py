@@ -101,7 +101,9 @@ def test_queries_may_be_embedded_apart_from_documents(house):
         ([[1, 2]], {}, "input", "check_embedding_ctx_length=False"),
         ("", {}, "input", "length"),
         ([], {}, "input", "length"),
-        (["ok", "w " * 21], {}, "input[1]", "21 tokens"),
+        (["ok", "w " * 21], {}, "input[1]", "21 tokens and the embedder reads 20"),
+        ("w" * 1281, {}, "input", "1281 characters"),
+        (["ok"] * 40 + ["w" * 1281], {}, "input[40]", "20 tokens, never more than 1280 characters"),
         ("x", {"dimensions": 2}, "dimensions", "one width"),
         ("x", {"encoding_format": "hex"}, "encoding_format", "'hex'"),
         ("x", {"model": "fake"}, "model", "all-minilm-l6-v2"),
@@ -111,6 +113,12 @@ def test_what_cannot_be_embedded_is_refused_by_name(house, text, fields, param, 
     error = embed(house, text, **fields).json()["error"]
     assert error["param"] == param
     assert words in error["message"]
+
+
+def test_a_text_far_too_long_is_refused_before_its_tokens_are_counted(house):
+    assert embed(house, "x" * 1280).status_code == 200
+    assert embed(house, "x" * 5_000_000).json()["error"]["code"] == "context_length_exceeded"
+    assert house.embedder.counted == [1280]
 
 
 def test_the_embedding_queue_is_bounded():

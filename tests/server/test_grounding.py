@@ -2,12 +2,17 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 
+from rag import ingest
 from rag.collection import UnknownCollection
 from rag.passage import Passage
 from server import grounding
+from server.embedding import EmbedderThread
+from server.errors import BadRequest
+from server.grounding import Retriever
 from server.settings import Assistant
 
 
@@ -106,6 +111,44 @@ def test_a_question_that_leaves_no_room_keeps_itself_and_loses_the_passages(buil
     assert "(no source matches)" in house.prompt()
 
 
+def test_a_question_longer_than_the_context_is_refused_with_both_numbers(build, shelf):
+    house = build(retriever=shelf)
+    error = house.chat("q" * 9000, collection="keys").json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert (error["n_ctx"], error["n_prompt_tokens"] > 9000) == (4000, True)
+
+
+def test_of_a_long_question_the_end_is_searched_for(tmp_path, make_embedder):
+    (tmp_path / "a.md").write_text("# A\n\nThe key is under the mat.\n")
+    embedder = make_embedder()
+    ingest.index(tmp_path / "notes", [tmp_path / "a.md"], embedder=embedder)
+
+    async def search(question):
+        thread = EmbedderThread(lambda _: embedder, max_queue=9)
+        retriever = Retriever(tmp_path, thread)
+        try:
+            return await retriever.search("notes", question, k=1)
+        finally:
+            retriever.close()
+            await thread.close()
+
+    (found,) = asyncio.run(search("x" * 5_000_000 + "Where is the key?" + " " * 3000))
+    assert "under the mat" in found.text
+    assert [len(text) for text in embedder.asked] == [grounding.SEARCHED_CHARACTERS]
+    assert embedder.asked[0].endswith("xWhere is the key?")
+    with pytest.raises(BadRequest, match="nothing to search for"):
+        asyncio.run(search(" \n"))
+
+
+def test_the_page_that_is_cited_is_the_one_where_the_best_part_stands():
+    pages = ((0, 4), (900, 5), (1500, 6))
+    far = replace(passage(9, "x" * 800), pages=pages, best=(1510, 1600))
+    assert grounding.for_answer([far])[0].page == 6
+    assert grounding.for_prompt([far])[0].page == 6
+    assert grounding.for_answer([replace(far, best=(900, 910))])[0].page == 5
+    assert grounding.for_answer([replace(far, pages=())])[0].page == 9
+
+
 def test_a_prompt_without_a_place_for_sources_is_refused_with_a_collection(build, shelf):
     error = build(retriever=shelf).chat("q", collection="keys", prompt="plain").json()["error"]
     assert error["param"] == "prompt"
@@ -121,6 +164,18 @@ def test_the_most_passages_that_fit_are_kept():
     for budget in range(0, 100, 7):
         kept = asyncio.run(grounding.fitting(passages, count, budget=budget))
         assert len(kept) == min(budget // 10, 9)
+
+
+def test_where_the_question_alone_fills_the_budget_no_further_prompt_is_counted():
+    counted = []
+
+    async def count(some):
+        counted.append(len(some))
+        return 1000 + len(some)
+
+    passages = [passage(number, "x") for number in range(1, 50)]
+    assert asyncio.run(grounding.fitting(passages, count, budget=999)) == []
+    assert counted == [49, 0]
 
 
 def test_the_budget_leaves_room_for_the_answer():
