@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine import wire
-from engine.process import Process, ProcessEnded
+from engine.process import Process
 from engine.request import (
     Done,
     EngineConfig,
@@ -140,20 +140,17 @@ class Engine:
         self._closed, self._alive = True, False
         self._settled.set()
         self._supervisor.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._supervisor
+        # Cancelled just now, or ended before by a defect that `_unsupervised` has told.
+        await asyncio.gather(self._supervisor, return_exceptions=True)
         await self._process.stop()
         self._fail(EngineUnavailable("the engine was closed"), lambda _: True)
 
     async def _supervise(self) -> None:
         """Deliver replies; when the process dies, start another, for as long as the engine is open."""
         while True:
-            try:
-                while True:
-                    self._deliver(await self._process.receive())
-            except ProcessEnded:
-                self._alive = False
-                self._settled.clear()
+            await self._process.run(self._deliver)
+            self._alive = False
+            self._settled.clear()
             await self._process.stop()
             self._bury()
             await self._relaunch()

@@ -198,6 +198,11 @@ class Model(Handle):
         return token in self.eog_tokens
 
     @cached_property
+    def has_vocabulary(self) -> bool:
+        """False for files without a tokenizer, which llama.cpp loads and then aborts on the first text."""
+        return native.llama_vocab_type(self.vocab) != native.LLAMA_VOCAB_TYPE_NONE
+
+    @cached_property
     def writes_text(self) -> bool:
         """Whether it is a causal decoder; encoders and diffusion models are not."""
         pointer = self.pointer
@@ -269,6 +274,7 @@ class Context(Handle):
         self.n_ctx_seq: int = native.llama_n_ctx_seq(pointer)  # cells that one sequence can use
         self.unified = unified
         self.n_threads: int = native.llama_n_threads(pointer)
+        self._views: dict[int, np.ndarray] = {}  # of logits, by address
         self.batch = Batch(n_batch)
         self._stack.callback(self.batch.close)
 
@@ -329,7 +335,11 @@ class Context(Handle):
         pointer = native.llama_get_logits_ith(self.pointer, index)
         if not pointer:
             raise IndexError(f"batch entry {index} was not flagged as an output")
-        return np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,))
+        address = ctypes.addressof(pointer.contents)  # pyright: ignore[reportAttributeAccessIssue]
+        view = self._views.get(address)
+        if view is None:  # llama.cpp keeps its buffer, and building a view costs as much as choosing a token
+            view = self._views[address] = np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,))
+        return view
 
     def remove(self, sequence: int, start: int = 0, end: int = -1) -> None:
         """Forget positions [start, end) of a sequence; -1 means to its end."""
@@ -419,6 +429,11 @@ class Batch:
         The caller keeps within `capacity`.
         """
         first, end = self.native.n_tokens, self.native.n_tokens + len(tokens)
+        if end == first + 1:  # by far the most frequent; slices cost several times more
+            self._tokens[first], self._positions[first], self._outputs[first] = tokens[0], start, output
+            self._sequences[first][0] = sequence
+            self.native.n_tokens = end
+            return first
         self._tokens[first:end] = tokens
         self._positions[first:end] = range(start, start + len(tokens))
         self._outputs[first:end] = 0

@@ -9,6 +9,7 @@ import contextlib
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from engine import wire
@@ -21,8 +22,32 @@ SPIN_COUNT = "1000"
 _STDERR_KEPT = 4000  # bytes of the process's last words
 
 
-class ProcessEnded(Exception):
-    """The process closed its end of the socket."""
+Deliver = Callable[[wire.Reply], None]
+
+
+class _Replies(asyncio.Protocol):
+    """Hands over each message as it comes: a stream reader would wake one task more for every token."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        loop = asyncio.get_running_loop()
+        self.first: asyncio.Future[wire.Reply | None] = loop.create_future()
+        self.ended: asyncio.Future[None] = loop.create_future()
+        self.deliver: Deliver = self.first.set_result
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        try:
+            for reply in wire.messages(self._buffer):
+                self.deliver(reply)
+        except Exception as error:  # a defect of the receiver: whoever waits for the end must hear of it
+            if not self.ended.done():
+                self.ended.set_exception(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        for waiting in (self.first, self.ended):
+            if not waiting.done():
+                waiting.set_result(None)
 
 
 class Process:
@@ -32,8 +57,8 @@ class Process:
         self._child = child
         self._last_words = b""
         self._listener = asyncio.create_task(self._listen())
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._transport: asyncio.Transport | None = None
+        self._replies = _Replies()
 
     @classmethod
     async def launch(cls, config: EngineConfig) -> tuple["Process", EngineInfo]:
@@ -46,16 +71,17 @@ class Process:
             ours.close()
             raise
         try:
-            process._reader, process._writer = await asyncio.open_connection(sock=ours)
+            loop = asyncio.get_running_loop()
+            process._transport, _ = await loop.create_connection(lambda: process._replies, sock=ours)
             process.send(wire.Start(config))
-            reply = await process.receive()
-        except ProcessEnded:
-            await process.stop()
-            raise ModelLoadFailed(f"{config.model_path}: {process.obituary()}") from None
+            reply = await process._replies.first
         except BaseException:
             process.kill()
             await process.stop()
             raise
+        if reply is None:
+            await process.stop()
+            raise ModelLoadFailed(f"{config.model_path}: {process.obituary()}")
         if isinstance(reply, wire.Failure):
             await process.stop()
             raise reply.error()
@@ -69,17 +95,13 @@ class Process:
 
     def send(self, command: wire.Command) -> None:
         """Queue a message; one to a process that ended is lost."""
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(wire.frame(command))
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(wire.frame(command))
 
-    async def receive(self) -> wire.Reply:
-        """The next message. Raises ProcessEnded."""
-        assert self._reader is not None
-        try:
-            (size,) = wire.HEADER.unpack(await self._reader.readexactly(wire.HEADER.size))
-            return wire.message(await self._reader.readexactly(size))
-        except (asyncio.IncompleteReadError, ConnectionError) as error:
-            raise ProcessEnded from error
+    async def run(self, deliver: Deliver) -> None:
+        """Hand every further message to `deliver` until the process ends; raises what `deliver` raises."""
+        self._replies.deliver = deliver
+        await asyncio.shield(self._replies.ended)
 
     def kill(self) -> None:
         """End it now."""
@@ -88,8 +110,8 @@ class Process:
 
     async def stop(self) -> None:
         """Close the socket, upon which it ends by itself; wait, and kill it when it does not."""
-        if self._writer is not None:
-            self._writer.close()
+        if self._transport is not None:
+            self._transport.close()
         try:
             await asyncio.wait_for(self._child.wait(), STOP_S)
         except TimeoutError:

@@ -6,7 +6,7 @@ Plain values that cross the process boundary. Nothing here knows llama.cpp, proc
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from engine.grammar import grammar_problem
 
@@ -192,8 +192,7 @@ class TokenLogprob:
     top: tuple[tuple[int, bytes, float], ...]  # likeliest first
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What one step added. `text` may lag behind `tokens`: it waits for whole characters and stop strings."""
 
     text: str

@@ -127,7 +127,11 @@ class Scheduler:
 
     def admit(self) -> list[Admission]:
         """Let followers have what was computed for them, and give free slots to waiting requests in order."""
-        admissions = [self._join(each) for each in self._by_age() if each.leader and self._may_join(each)]
+        admissions: list[Admission] = []
+        if any(slot.sequence is not None and slot.sequence.leader for slot in self.slots):
+            admissions += [
+                self._join(each) for each in self._by_age() if each.leader and self._may_join(each)
+            ]
         while self.waiting and any(slot.sequence is None for slot in self.slots):
             admissions.append(self._place(self.waiting.popleft()))
         return admissions
@@ -137,6 +141,8 @@ class Scheduler:
         running = self.running
         chunks = [self._chunk(sequence, 1) for sequence in running if sequence.is_decoding]
         room = self.n_batch - len(chunks)
+        if len(chunks) == len(running):
+            return chunks
         if chunks:
             room = min(room, self.n_shared_chunk)
         for sequence in self._by_age():

@@ -5,7 +5,7 @@ Between two steps it reads what has come, without waiting while there is work. I
 """
 
 import contextlib
-import select
+import gc
 import signal
 import socket
 import sys
@@ -27,6 +27,7 @@ from engine.request import (
 )
 
 MAX_MESSAGES = 1000  # read between two steps; what comes after waits for the next one
+RECEIVE_BYTES = 1 << 16  # read at a time
 
 
 class ClientGone(Exception):
@@ -51,25 +52,16 @@ class Channel:
         messages: list[wire.Command] = []
         while len(messages) < MAX_MESSAGES:
             forever = wait and not messages
-            ready, _, _ = select.select([self._connection], [], [], None if forever else 0)
-            if not ready:
+            try:
+                data = self._connection.recv(RECEIVE_BYTES, 0 if forever else socket.MSG_DONTWAIT)
+            except BlockingIOError:
                 break
-            data = self._connection.recv(1 << 20)
+            except OSError as error:
+                raise ClientGone from error
             if not data:
                 raise ClientGone
             self._buffer += data
-            messages += self._complete()
-        return messages
-
-    def _complete(self) -> list[wire.Command]:
-        messages = []
-        while len(self._buffer) >= wire.HEADER.size:
-            (size,) = wire.HEADER.unpack_from(self._buffer)
-            end = wire.HEADER.size + size
-            if len(self._buffer) < end:
-                break
-            messages.append(wire.message(bytes(self._buffer[wire.HEADER.size : end])))
-            del self._buffer[:end]
+            messages += wire.messages(self._buffer)
         return messages
 
 
@@ -116,7 +108,14 @@ def offload_device(config: EngineConfig) -> str | None:
 
 
 def warm_up(context: Context) -> None:
-    """One token through the model, so that the first request finds its weights in memory."""
+    """A text through the tokenizer and one token through the model.
+
+    The first request finds the weights in memory, and a vocabulary that makes llama.cpp abort does so now,
+    while the file can still be named. Raises ModelLoadFailed when there is no vocabulary.
+    """
+    if not context.model.has_vocabulary:
+        raise ModelLoadFailed(f"{context.model.path}: has no tokenizer; convert the model with its tokenizer")
+    context.model.tokenize("a", add_special=True, parse_special=True)
     context.batch.clear()
     context.batch.add(max(0, context.model.bos_id or 0), 0, 0, output=True)
     context.decode()
@@ -196,6 +195,7 @@ def run(channel: Channel) -> None:
             channel.send(wire.Failure.of(error))
             return
         channel.send(wire.Ready(info))
+        gc.freeze()  # what is there now stays; the collector need not walk it between two tokens
         while True:
             for command in channel.receive(wait=loop.idle):
                 handle(command, loop, channel)

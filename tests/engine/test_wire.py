@@ -37,10 +37,18 @@ ERRORS = [
 
 
 def crossed(message):
-    data = wire.frame(message)
-    (size,) = wire.HEADER.unpack_from(data)
-    assert size == len(data) - wire.HEADER.size
-    return wire.message(data[wire.HEADER.size :])
+    (back,) = wire.messages(bytearray(wire.frame(message)))
+    return back
+
+
+def test_frames_are_taken_off_whole_in_whatever_pieces_they_come():
+    sent = [wire.Cancel(1), wire.Outputs([(2, Delta("text", (5,)))]), wire.Cancel(3)]
+    buffer, got = bytearray(), []
+    for byte in b"".join(map(wire.frame, sent)):
+        buffer.append(byte)
+        got += wire.messages(buffer)
+    assert got == sent
+    assert not buffer
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
