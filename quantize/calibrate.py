@@ -10,9 +10,8 @@ from typing import Literal, Protocol
 
 from engine.request import Delta, Done, EngineError, Event, GenerationRequest, Sampling
 from quantize.conversation import Conversation, Journal, Role, Span
-from quantize.errors import QuantizeError
 from quantize.filters import Seen, fault
-from quantize.frame import Frame
+from quantize.frame import CannotConverse, Frame, NothingToBeginFrom
 
 Purpose = Literal["calibration", "evaluation"]
 
@@ -35,15 +34,12 @@ class Writer(Protocol):
     def step(self) -> Sequence[tuple[Hashable, Event | EngineError]]: ...
 
 
-class NoUsableText(QuantizeError):
+class NoUsableText(CannotConverse):
     """The model writes nothing that the filters let through."""
 
     def __init__(self, reasons: dict[str, int]) -> None:
         told = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        super().__init__(
-            f"{MAX_DROPPED} self-written conversations in a row were dropped ({told}); "
-            "this model cannot calibrate itself, use --calibration FILE or none"
-        )
+        super().__init__(f"{MAX_DROPPED} self-written conversations in a row were dropped ({told})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +104,7 @@ class Talk:
         seen: Seen,
     ) -> None:
         if frame is None and bos is None:
-            raise QuantizeError(
-                "the model has neither a chat template nor a BOS token to begin from; use --calibration FILE"
-            )
+            raise NothingToBeginFrom
         self.writer, self.frame, self.plan, self.journal, self.bos = writer, frame, plan, journal, bos
         self.seen = seen
         for conversation in journal.accepted:

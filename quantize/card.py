@@ -70,7 +70,8 @@ def _measurements(report: Report) -> Iterable[str]:
     yield "## Measured"
     if report.evaluation:
         yield f"On {_described(report.evaluation)}; the assistant's tokens are scored."
-    yield _measured_table(chats)
+    if report.evaluation or not report.text:
+        yield _measured_table(chats)
     if report.text:
         yield f"On {_described(report.text)}; the second half of each window is scored."
         yield _measured_table(text)

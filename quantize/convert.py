@@ -4,6 +4,8 @@ Owns the order of the work; families know names and shapes, `checkpoint` knows s
 knows tokenizers, `gguf_file` the destination. Never imports torch or transformers.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -16,10 +18,20 @@ from quantize.families.supported import recognise
 from quantize.floats import Dtype
 from quantize.general import write_general
 from quantize.gguf_file import Progress
-from quantize.plan import match, outputs
-from quantize.vocabulary import read_vocabulary
+from quantize.plan import Output, match, outputs
+from quantize.vocabulary import Vocabulary, read_vocabulary
 
-__all__ = ["Dtype", "Progress", "convert"]
+__all__ = ["Dtype", "Prepared", "Progress", "convert", "prepare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A conversion of which only the tensors' data is missing; `notes` are for the user."""
+
+    writer: gguf.GGUFWriter
+    outputs: Sequence[Output]
+    vocabulary: Vocabulary
+    notes: tuple[str, ...]
 
 
 def convert(
@@ -37,6 +49,15 @@ def convert(
     `pre` names the splitting rule of a byte-level tokenizer that is not recognised. Peak memory is about one
     tensor and the vocabulary. Raises QuantizeError or ModelsError; then nothing is at `out` that was not.
     """
+    ready = prepare(checkpoint, dtype=dtype, adapter=adapter, pre=pre)
+    gguf_file.write(out, ready.writer, ready.outputs, progress=progress)
+    return read_header(out)
+
+
+def prepare(
+    checkpoint: Path, *, dtype: Dtype | None = None, adapter: Adapter | None = None, pre: str | None = None
+) -> Prepared:
+    """Everything up to the first byte written: what cannot be converted is refused here."""
     opened = Checkpoint.open(checkpoint)
     family, config = recognise(opened.config)
     matches = match(opened, family, config)
@@ -54,5 +75,4 @@ def convert(
     write_general(writer, checkpoint, dtype=kept, vocabulary=vocabulary)
     family.hyperparameters(config, writer)
     vocabulary.write(writer)
-    gguf_file.write(out, writer, made, progress=progress)
-    return read_header(out)
+    return Prepared(writer, made, vocabulary, family.notes(config) + vocabulary.notes)

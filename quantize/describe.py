@@ -1,57 +1,50 @@
-"""Say what a checkpoint is before anything is converted: for the report, the model card and `lq show`.
+"""Say what a source is before anything is hashed or written: what cannot work is refused at once.
 
-Reads configuration, headers and the tokenizer, never a tensor: what cannot be converted is refused at once.
+Reads configuration, headers and the tokenizer; never a tensor, save to see whether a stored head is the
+embedding once more.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.checkpoint import Checkpoint
-from quantize.families.supported import recognise
-from quantize.floats import Dtype
-from quantize.plan import is_tied, match
-from quantize.vocabulary import read_vocabulary
+from models.gguf import read_header
+from models.lora import Adapter
+from quantize.convert import prepare
+from quantize.frame import why_mute
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointInfo:
-    """`n_parameters` counts a tied head once; `size_bytes` is that of the tensors as stored."""
+class Description:
+    """`notes` are for the report. `mute` says why the model cannot write texts, None when it seems to."""
 
-    family: str
-    architecture: str
-    n_parameters: int
-    n_layer: int
-    n_embd: int
-    n_vocab: int
-    context_length: int
-    tied: bool
-    dtype: Dtype
-    size_bytes: int
     notes: tuple[str, ...]
+    mute: str | None
 
 
-def describe(checkpoint: Path, *, pre: str | None = None) -> CheckpointInfo:
+def describe_checkpoint(path: Path, *, pre: str | None = None, adapter: Path | None = None) -> Description:
     """Open a checkpoint folder and check it; raises what `convert` would, save for errors of the disk."""
-    opened = Checkpoint.open(checkpoint)
-    family, config = recognise(opened.config)
-    matches = match(opened, family, config)
-    vocabulary = read_vocabulary(
-        checkpoint,
-        n_vocab=config.integer("vocab_size"),
-        config=config.values,
-        pre=pre,
-        foreign=family.foreign_tokens,
-    )
-    return CheckpointInfo(
-        family=family.name,
-        architecture=opened.config["architectures"][0],
-        n_parameters=sum(tensor.n_elements for _, tensor in matches),
-        n_layer=config.integer("num_hidden_layers"),
-        n_embd=config.integer("hidden_size"),
-        n_vocab=config.integer("vocab_size"),
-        context_length=config.integer("max_position_embeddings"),
-        tied=is_tied(matches),
-        dtype=opened.dtype,
-        size_bytes=sum(tensor.size_bytes for _, tensor in matches),
-        notes=family.notes(config) + vocabulary.notes,
-    )
+    ready = prepare(path, adapter=Adapter.open(adapter) if adapter else None, pre=pre)
+    vocabulary = ready.vocabulary
+    bos, eos = vocabulary.text_of("bos"), vocabulary.text_of("eos")
+    return Description(ready.notes, why_mute(vocabulary.default_template, bos_token=bos, eos_token=eos))
+
+
+def describe_gguf(path: Path) -> Description:
+    """What the header of a GGUF says."""
+    header = read_header(path)
+    bos, eos = (_token(header.metadata, role) for role in ("bos", "eos"))
+    return Description((), why_mute(header.chat_template, bos_token=bos, eos_token=eos))
+
+
+#: What llama.cpp takes where a SentencePiece vocabulary names none; for others it has no sound default.
+SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}
+
+
+def _token(metadata, role: str) -> str | None:
+    """The text of a special token."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    default = SENTENCEPIECE_IDS[role] if metadata.get("tokenizer.ggml.model") == "llama" else None
+    token_id = metadata.get(f"tokenizer.ggml.{role}_token_id", default)
+    if not isinstance(tokens, list) or not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+        return None
+    return str(tokens[token_id])

@@ -17,6 +17,7 @@ from models.gguf import read_header
 from quantize.card import card
 from quantize.child import OutputNotWritten
 from quantize.errors import QuantizeError
+from quantize.frame import CannotConverse
 from quantize.plots import divergence_figure, png, speed_figure, svg
 from quantize.report import FileReport, Report, SourceReport, TextReport, divergence_of, to_json, types_of
 from quantize.settings import Progress, Settings, silent
@@ -37,9 +38,9 @@ class FolderBusy(QuantizeError):
 
 def run(settings: Settings, *, progress: Progress = silent) -> Report:
     """Do what is not done yet, write the report, and return it. Raises QuantizeError; finished steps stay."""
-    settings.check()
+    description = settings.check()
     with _disk(settings.out), _locked(settings.out):
-        work = Work(settings, progress)
+        work = Work(settings, description, progress)
         report = _Run(work).report()
         progress("writing the report", 0, None)
         _write(report, settings.out)
@@ -55,20 +56,22 @@ class _Run:
         self.settings = work.settings
         self.ledger = Ledger(work.folder / "steps")
         self.taken: dict[str, Step] = {}
+        self.evaluation: Step | None = work.evaluation
+        self.why_mute: str | None = work.description.mute
 
     def ensure(self, step: Step):
         self.taken[step.name] = step
         return self.ledger.ensure(step)
 
     def report(self) -> Report:
-        """Run all steps in order; what llama.cpp may refuse comes before what takes long."""
+        """Run all steps in order; what the source may fail at comes before what takes long."""
         work, settings = self.work, self.settings
         source = self._source()
         calibration = self._text(work.calibration, None)
+        evaluation = self._held_out()
+        text = self._text(work.text, "text")
         importance = self.ensure(work.importance) if work.importance else None
         made = {kind: self.ensure(work.quantized(kind)) for kind in settings.types}
-        evaluation = self._text(work.evaluation, "assistant")
-        text = self._text(work.text, "text")
         files = tuple(self._file(kind, facts) for kind, facts in made.items())
         return Report(
             source=source,
@@ -88,7 +91,7 @@ class _Run:
 
     def _source(self) -> SourceReport:
         given, work = self.settings.source, self.work
-        facts = self.ensure(work.description)
+        facts = self.ensure(work.facts)
         types = types_of(facts["types"])
         sha256 = work.source.parameters["sha256"]
         adapter = self.settings.adapter
@@ -104,6 +107,16 @@ class _Run:
             licence=given.licence,
             base_model=given.base_model,
         )
+
+    def _held_out(self) -> TextReport | None:
+        """The held-out conversations; None where the model writes none and another text takes their place."""
+        try:
+            return self._text(self.evaluation, "assistant")
+        except CannotConverse as error:
+            if self.settings.eval_text is None:
+                raise
+            self.evaluation, self.why_mute = None, error.reason
+            return None
 
     def _text(self, step: Step | None, role) -> TextReport | None:
         if step is None:
@@ -124,7 +137,8 @@ class _Run:
 
     def _file(self, kind: str, facts) -> FileReport:
         work = self.work
-        chats = self.ensure(work.divergence(kind, work.evaluation, "assistant"))
+        held_out = self.evaluation
+        chats = self.ensure(work.divergence(kind, held_out, "assistant")) if held_out else None
         text = self.ensure(work.divergence(kind, work.text, "text")) if work.text else None
         speed = self.ensure(work.speed(kind))
         return FileReport(
@@ -143,6 +157,12 @@ class _Run:
     ) -> Iterator[str]:
         if self.settings.source.kind == "gguf" and not is_full_precision(read_header(self.work.source_file)):
             yield f"The source is quantized itself ({source.format}): divergence is measured against that."
+        if self.evaluation is None and self.settings.eval_text:
+            yield (
+                f"{self.why_mute}: there are no held-out conversations, and divergence is measured on "
+                f"{self.settings.eval_text.name} alone."
+            )
+        yield from self.work.description.notes
         if calibration and "no chat template" in calibration.origin:
             yield "The model has no chat template, so the texts are what it writes from its first token on."
         for file in files:

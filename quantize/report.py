@@ -27,6 +27,11 @@ class FileReport:
     text: Divergence | None
     warning: str | None
 
+    @property
+    def divergence(self) -> Divergence | None:
+        """On the model's own chats, else on the text."""
+        return self.chats or self.text
+
 
 @dataclass(frozen=True, slots=True)
 class TextReport:

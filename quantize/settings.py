@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from models.gguf import read_header
+from quantize.describe import Description, describe_checkpoint, describe_gguf
 from quantize.errors import QuantizeError
+from quantize.frame import CannotConverse
 from quantize.measure import Backend
 from quantize.source import Source, UnusableSource, is_full_precision
 from quantize.texts import read_text
@@ -43,8 +45,8 @@ class Settings:
     backend: Backend = field(default_factory=Backend)
     command: str = ""
 
-    def check(self) -> None:
-        """Raise for what cannot work, before anything is written."""
+    def check(self) -> Description:
+        """What the source is; raises for what cannot work, before anything is hashed or written."""
         if not self.types:
             raise QuantizeError("--types: no type is named")
         if self.calibration == "none":
@@ -60,12 +62,17 @@ class Settings:
         for text in (self.calibration, self.eval_text):
             if isinstance(text, Path):
                 read_text(text)
-        self._check_source()
+        if self.source.kind == "gguf":
+            self._check_gguf()
+            description = describe_gguf(self.source.path)
+        else:
+            description = describe_checkpoint(self.source.path, pre=self.pre, adapter=self.adapter)
+        if description.mute and (self.calibration == "self" or self.eval_text is None):
+            raise CannotConverse(description.mute)
+        return description
 
-    def _check_source(self) -> None:
+    def _check_gguf(self) -> None:
         given = self.source.given
-        if self.source.kind == "checkpoint":
-            return
         if self.adapter is not None:
             raise UnusableSource(
                 given, "--lora is merged into a checkpoint, and this is a GGUF; give its folder"

@@ -16,7 +16,7 @@ from quantize.calibrate import Plan, converse
 from quantize.conversation import Conversation, Journal, windows
 from quantize.errors import QuantizeError
 from quantize.filters import Seen
-from quantize.frame import Frame
+from quantize.frame import CannotConverse, Frame
 from quantize.measure import Backend
 from quantize.source import digest
 
@@ -98,9 +98,8 @@ def fitted(plan: Plan, around: int, *, n_ctx_train: int, has_turns: bool) -> Pla
     question = min(plan.max_question, room // 3) if has_turns else 0
     answer = min(plan.max_answer, room - question)
     if answer < MIN_ANSWER:
-        raise QuantizeError(
-            f"the model reads {n_ctx_train} tokens and its template takes {around}, too few for a "
-            "conversation; use --calibration FILE with --eval-text"
+        raise CannotConverse(
+            f"the model reads {n_ctx_train} tokens and its template takes {around}, too few for conversations"
         )
     return replace(plan, max_question=question, max_answer=answer)
 

@@ -36,6 +36,17 @@ class Vocabulary:
     strips: bool
     notes: tuple[str, ...]
 
+    def text_of(self, role: str) -> str | None:
+        """The special token that plays a role: bos, eos, …"""
+        return self.pieces[self.special.ids[role]].text if role in self.special.ids else None
+
+    @property
+    def default_template(self) -> str | None:
+        """The chat template that is used where none is named."""
+        if self.chat_template is None or isinstance(self.chat_template, str):
+            return self.chat_template
+        return next((t.get("template") for t in self.chat_template if t.get("name") == "default"), None)
+
     def write(self, writer: gguf.GGUFWriter) -> None:
         """Add the keys to a GGUF."""
         writer.add_tokenizer_model(self.model)
@@ -131,7 +142,7 @@ def _learn_sentencepiece(files: TokenizerFiles) -> _Learnt:
     prefix = pieces.prepends_space(files.spec) if files.spec is not None else model.adds_space_prefix
     if files.spec is None and isinstance(explicit, bool):
         prefix = explicit
-    note = "tokenizer.model normalizes unusual characters, which llama.cpp does not do"
+    note = "tokenizer.model normalizes unusual characters (full-width ones, for example), llama.cpp does not."
     notes = (note,) if model.normalizes else ()
     return _Learnt("llama", "default", dict(enumerate(model.pieces)), [], prefix, notes)
 
@@ -140,4 +151,4 @@ def _beyond_note(texts: Sequence[str], n_vocab: int) -> tuple[str, ...]:
     if not texts:
         return ()
     some = ", ".join(repr(text) for text in texts[:5])
-    return (f"{len(texts)} tokens have no row among the embedding's {n_vocab} and are left out: {some}",)
+    return (f"{len(texts)} tokens have no row among the embedding's {n_vocab} and are left out: {some}.",)

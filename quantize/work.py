@@ -17,6 +17,8 @@ from quantize.calibrate import Plan, Purpose
 from quantize.child import quantize
 from quantize.conversation import Role, read
 from quantize.convert import convert
+from quantize.describe import Description
+from quantize.frame import VARIABLES
 from quantize.importance import collect
 from quantize.measure import Passage, measure, passages, write_reference
 from quantize.settings import Progress, Settings
@@ -32,6 +34,7 @@ TEXT_RULES = {
     "temperatures": calibrate.TEMPERATURES,
     "min_question_temperature": calibrate.MIN_QUESTION_TEMPERATURE,
     "min_p": calibrate.MIN_P,
+    "template": VARIABLES,
     "loop": (filters.LOOP_MIN, filters.LOOP_SHARE, filters.SAME_SHARE, filters.MIN_TOKENS),
 }
 
@@ -39,8 +42,9 @@ TEXT_RULES = {
 class Work:
     """The steps of one run. Intermediate files lie in `folder`, results in the run's `out`."""
 
-    def __init__(self, settings: Settings, progress: Progress) -> None:
+    def __init__(self, settings: Settings, description: Description, progress: Progress) -> None:
         self.settings = settings
+        self.description = description
         self.progress = progress
         self.folder = settings.out / "work"
         self.versions = {name: version(name) for name in ("llama-cpp-python", "gguf")}
@@ -74,7 +78,7 @@ class Work:
         return {}
 
     @cached_property
-    def description(self) -> Step:
+    def facts(self) -> Step:
         """Types and speed of the source, kept after its file is gone."""
         return Step("description", self._describe, {"threads": self._threads}, (self.source,))
 
@@ -116,9 +120,12 @@ class Work:
         return self._conversation_step(plan, None)
 
     @cached_property
-    def evaluation(self) -> Step:
-        """Held-out conversations, of other seeds and other questions than the calibration's."""
+    def evaluation(self) -> Step | None:
+        """Held-out conversations, of other seeds and other questions than the calibration's; None for a
+        model that cannot write any."""
         settings = self.settings
+        if self.description.mute:
+            return None
         plan = Plan(
             "evaluation", settings.seed, settings.eval_tokens, ("assistant",), n_parallel=settings.n_parallel
         )

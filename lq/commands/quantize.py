@@ -141,7 +141,8 @@ def _show(report: Report, out: Path) -> None:
     """The table, the warnings and what to do next."""
     from quantize.figures import COLUMNS, row
 
-    _table("on held-out self-written chats", COLUMNS, [row(file, file.chats) for file in report.files])
+    if report.evaluation:
+        _table("on held-out self-written chats", COLUMNS, [row(file, file.chats) for file in report.files])
     if report.text:
         _table(f"on {report.text.origin}", COLUMNS, [row(file, file.text) for file in report.files])
     for warning in report.warnings:
@@ -152,11 +153,11 @@ def _show(report: Report, out: Path) -> None:
 
 def _recommended(files: tuple[FileReport, ...]) -> FileReport:
     """The smallest file that is still close to the source (mean KLD under 0.1), else the closest."""
-    measured = [file for file in files if file.chats]
-    close = [file for file in measured if file.chats and file.chats.kl.mean < 0.1]
+    measured = [(file.divergence.kl.mean, file) for file in files if file.divergence]
+    close = [file for mean, file in measured if mean < 0.1]
     if close:
         return min(close, key=lambda file: file.types.size_bytes)
-    return min(measured, key=lambda file: file.chats.kl.mean if file.chats else 0, default=files[0])
+    return min(measured, key=lambda pair: pair[0])[1] if measured else files[0]
 
 
 def _table(title: str, names: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -51,27 +51,25 @@ def check_full_rotation(config: Config) -> None:
         )
 
 
-def exact_context(config: Config, window: int | None) -> int:
-    """Tokens for which llama.cpp, which attends to all, computes what the model does."""
-    context = config.integer("max_position_embeddings")
-    return context if window is None else min(context, window)
-
-
 def window_notes(config: Config, window: int | None) -> tuple[str, ...]:
-    """What the user should know where the sliding window cuts the context."""
-    full, exact = config.integer("max_position_embeddings"), exact_context(config, window)
-    if exact == full:
+    """What the user should know of a sliding window that the GGUF does not carry.
+
+    context_length stays the full one, as llama.cpp's own converter writes it.
+    """
+    context = config.integer("max_position_embeddings")
+    if window is None or window >= context:
         return ()
     return (
-        f"context_length is {exact}, not {full}: the model slides a window of {window} tokens that llama.cpp "
-        "does not have for this architecture; beyond it the answers would differ",
+        f"The model slides a window of {window} tokens, which llama.cpp does not have for this architecture: "
+        f"in texts longer than that, up to its {context}, the GGUF attends to all tokens and answers may "
+        "differ from the checkpoint's.",
     )
 
 
-def write_decoder(config: Config, writer: gguf.GGUFWriter, *, context_length: int) -> None:
+def write_decoder(config: Config, writer: gguf.GGUFWriter) -> None:
     """The keys every family has."""
     writer.add_block_count(config.integer("num_hidden_layers"))
-    writer.add_context_length(context_length)
+    writer.add_context_length(config.integer("max_position_embeddings"))
     writer.add_embedding_length(config.integer("hidden_size"))
     writer.add_feed_forward_length(config.integer("intermediate_size"))
     writer.add_head_count(config.integer("num_attention_heads"))

@@ -89,7 +89,7 @@ def _check(config: Config) -> None:
 
 
 def _hyperparameters(config: Config, writer: gguf.GGUFWriter) -> None:
-    decoder.write_decoder(config, writer, context_length=config.integer("max_position_embeddings"))
+    decoder.write_decoder(config, writer)
     decoder.write_head_dim(config, writer)
     write_rope(_global_rope(config), config, writer)
     if config.get("final_logit_softcapping"):

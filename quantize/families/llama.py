@@ -29,15 +29,7 @@ def _window(config: Config) -> int | None:
 
 
 def _hyperparameters(config: Config, writer: gguf.GGUFWriter) -> None:
-    _write(config, writer, context_length=config.integer("max_position_embeddings"))
-
-
-def _mistral_hyperparameters(config: Config, writer: gguf.GGUFWriter) -> None:
-    _write(config, writer, context_length=decoder.exact_context(config, _window(config)))
-
-
-def _write(config: Config, writer: gguf.GGUFWriter, *, context_length: int) -> None:
-    decoder.write_decoder(config, writer, context_length=context_length)
+    decoder.write_decoder(config, writer)
     decoder.write_head_dim(config, writer)
     write_rope(_rope(config), config, writer)
     writer.add_vocab_size(config.integer("vocab_size"))
@@ -89,7 +81,7 @@ MISTRAL = Family(
         "tie_word_embeddings": False,
     },
     check=_check,
-    hyperparameters=_mistral_hyperparameters,
+    hyperparameters=_hyperparameters,
     recipes=_recipes,
     generated=_generated,
     notes=lambda config: decoder.window_notes(config, _window(config)),

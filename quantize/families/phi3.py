@@ -46,8 +46,7 @@ def _attention_factor(rope: Rope, config: Config) -> float:
 
 def _hyperparameters(config: Config, writer: gguf.GGUFWriter) -> None:
     rope = _rope(config)
-    context = decoder.exact_context(config, config.get("sliding_window"))
-    decoder.write_decoder(config, writer, context_length=context)
+    decoder.write_decoder(config, writer)
     writer.add_rope_freq_base(rope.theta)
     writer.add_rope_dimension_count(_rotated(config))
     writer.add_rope_scaling_orig_ctx_len(original_context(rope, config))
@@ -98,8 +97,8 @@ def _notes(config: Config) -> tuple[str, ...]:
     if _rope(config).kind in LONGROPE:
         original = original_context(_rope(config), config)
         notes += (
-            f"llama.cpp uses the factors for long texts where the context it starts with exceeds {original} "
-            "tokens, and those for short texts otherwise; transformers chooses by the text's length",
+            "Of the two sets of rotary factors llama.cpp uses the one for long texts wherever a sequence may "
+            f"hold more than {original} tokens, however short it is; transformers goes by the text's length.",
         )
     return notes
 

@@ -27,7 +27,7 @@ def _window(config: Config) -> int | None:
 
 
 def _hyperparameters(config: Config, writer: gguf.GGUFWriter) -> None:
-    decoder.write_decoder(config, writer, context_length=decoder.exact_context(config, _window(config)))
+    decoder.write_decoder(config, writer)
     write_rope(read_rope(config, accepts=("default", "linear", "yarn")), config, writer)
 
 

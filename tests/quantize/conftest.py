@@ -5,11 +5,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+if TYPE_CHECKING:
+    from quantize.settings import Settings
+
+TYPES = ("Q8_0", "Q4_K_M")
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -158,3 +162,39 @@ def some_tokens() -> list[int]:
 @pytest.fixture(scope="session", name="torch_logits")
 def torch_logits_fixture() -> Callable[[Any, list[int]], np.ndarray]:
     return torch_logits
+
+
+@pytest.fixture(scope="session")
+def asked(tiny_llama, tmp_path_factory) -> "Settings":
+    """A small run; its `out` is to be replaced."""
+    from models.store import Store
+    from quantize.measure import Backend
+    from quantize.settings import Settings
+    from quantize.source import find, named
+
+    source = named(find(str(tiny_llama.path), store=Store(tmp_path_factory.mktemp("home"))), "tiny")
+    return Settings(
+        source,
+        Path("unset"),
+        TYPES,
+        calibration_tokens=600,
+        eval_tokens=100,
+        n_parallel=4,
+        backend=Backend(1),
+    )
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[str]:
+    """Names of the steps that ran, in order."""
+    from quantize import steps
+
+    names: list[str] = []
+    write = steps.Ledger._write
+
+    def noting(self, step, facts, seconds):
+        names.append(step.name)
+        write(self, step, facts, seconds)
+
+    monkeypatch.setattr(steps.Ledger, "_write", noting)
+    return names

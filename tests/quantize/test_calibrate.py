@@ -9,7 +9,7 @@ from quantize.calibrate import TEMPERATURES, NoUsableText, Plan, converse
 from quantize.conversation import Conversation, Journal, Span, read, windows
 from quantize.errors import QuantizeError
 from quantize.filters import Seen, fault, repeated_share
-from quantize.frame import Frame, UnusableTemplate
+from quantize.frame import Frame, NothingToBeginFrom, UnusableTemplate, why_mute
 from quantize.measure import passages
 
 END = 2
@@ -126,7 +126,7 @@ def test_the_same_question_is_asked_once_also_across_calibration_and_evaluation(
 
 
 def test_a_model_that_writes_nothing_usable_is_told_so(tmp_path):
-    with pytest.raises(NoUsableText, match=r"200 empty question.*--calibration FILE or none"):
+    with pytest.raises(NoUsableText, match=r"200 empty question.*--calibration FILE .* --eval-text FILE"):
         run(tmp_path, FakeWriter(lambda *_: [9]))
 
 
@@ -139,7 +139,7 @@ def test_a_base_model_writes_plain_text_from_bos(tmp_path):
 
 
 def test_without_template_and_bos_there_is_nothing_to_begin_from(tmp_path):
-    with pytest.raises(QuantizeError, match="neither a chat template nor a BOS"):
+    with pytest.raises(NothingToBeginFrom, match="neither a chat template nor a BOS"):
         run(tmp_path, FakeWriter(), frame=None, bos=None)
 
 
@@ -230,6 +230,46 @@ def test_template_without_the_answer_is_refused():
     template = "{% for m in messages %}{% if m.role == 'user' %}<{{ m.content }}>{% endif %}{% endfor %}"
     with pytest.raises(UnusableTemplate, match="does not print the assistant's message"):
         Frame.of(template, lambda s: [ord(c) for c in s], bos_token="", eos_token="", add_bos=None)
+
+
+#: As Qwen3 writes it: no thought where none is wanted, an open answer where one may come.
+THINKING = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}<think></think>{% endif %}"
+    "{{ m.content }}[end]{% endfor %}{% if add_generation_prompt %}[assistant]"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}{% endif %}"
+)
+
+
+def test_a_model_that_may_think_answers_without_a_thought():
+    frame = Frame.of(THINKING, lambda s: [ord(c) for c in s], bos_token="", eos_token="", add_bos=None)
+    told = ["".join(map(chr, part)) for part in (frame.before, frame.between, frame.after)]
+    assert told == ["[user]", "[end][assistant]<think></think>", "[end]"]
+
+
+def test_a_template_that_says_in_front_whether_to_think_is_usable():
+    template = "{% if enable_thinking is undefined or enable_thinking %}/think{% else %}/no_think{% endif %}"
+    template += "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    frame = Frame.of(template, lambda s: [ord(c) for c in s], bos_token="", eos_token="", add_bos=None)
+    assert "".join(map(chr, frame.before)) == "/no_think<"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("fixed", "does not print the user's message"),
+        ("{{ raise_exception('no') }}", "refuses these messages: no"),
+        ("{% for %}", "not valid Jinja"),
+        ("{{ messages[0].content }}", "does not print the assistant's message"),
+    ],
+)
+def test_why_a_template_is_of_no_use_is_known_without_a_model(template, reason):
+    assert reason in (why_mute(template, bos_token="<s>", eos_token="</s>") or "")
+
+
+def test_a_model_with_a_first_token_or_a_good_template_can_write():
+    assert why_mute(None, bos_token="<s>", eos_token=None) is None
+    assert why_mute(THINKING, bos_token=None, eos_token=None) is None
+    assert "neither a chat template nor a BOS" in (why_mute(None, bos_token=None, eos_token="x") or "")
 
 
 def test_windows_spread_over_the_text_and_carry_bos():

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from models.tensors import InvalidSafetensors
 from quantize.checkpoint import InvalidCheckpoint
 from quantize.convert import convert
-from quantize.describe import describe
+from quantize.describe import describe_checkpoint
 from quantize.families.config import UnsupportedConfig
 from quantize.families.supported import UnsupportedArchitecture
 from quantize.pieces import UnsupportedTokenizer
@@ -86,7 +86,7 @@ def test_missing_tokenizer_is_refused_with_the_call_that_saves_one(checkpoint, r
 def test_missing_tokenizer_is_told_before_anything_is_written(checkpoint):
     (checkpoint / "tokenizer.json").unlink()
     with pytest.raises(MissingTokenizer):
-        describe(checkpoint)
+        describe_checkpoint(checkpoint)
 
 
 def test_missing_shard_is_named(checkpoint, refused):

@@ -26,6 +26,12 @@ def keys(architecture, **values):
     return {key.partition(".")[2]: value.value for key, value in writer.kv_data[0].items()}
 
 
+def notes(architecture, **values):
+    """What the user is told of a configuration."""
+    family, config = recognise({"architectures": [architecture], **SIZES, **values})
+    return family.notes(config)
+
+
 def test_old_and_new_spelling_of_rope_are_the_same():
     old = keys("LlamaForCausalLM", rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})
     new = keys("LlamaForCausalLM", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5})
@@ -83,11 +89,12 @@ def test_gemma3_text_part_needs_no_sizes_that_its_class_has():
         ("Phi3ForCausalLM", {"sliding_window": 4096}),
     ],
 )
-def test_window_that_llama_cpp_lacks_cuts_the_context_and_is_noted(architecture, values):
+def test_window_that_llama_cpp_lacks_is_noted_and_the_context_stays_whole(architecture, values):
     values = {"max_position_embeddings": 32_768, **values}
-    assert keys(architecture, **values)["context_length"] == 4096
-    family, config = recognise({"architectures": [architecture], **SIZES, **values})
-    assert "4096, not 32768" in " ".join(family.notes(config))
+    assert keys(architecture, **values)["context_length"] == 32_768
+    (note,) = notes(architecture, **values)
+    assert "a window of 4096 tokens" in note
+    assert "up to its 32768" in note
 
 
 @pytest.mark.parametrize(
@@ -99,8 +106,49 @@ def test_window_that_llama_cpp_lacks_cuts_the_context_and_is_noted(architecture,
         ("LlamaForCausalLM", {"sliding_window": 4096}),
     ],
 )
-def test_window_that_is_not_used_cuts_nothing(architecture, values):
-    assert keys(architecture, max_position_embeddings=32_768, **values)["context_length"] == 32_768
+def test_window_that_is_not_used_is_no_matter(architecture, values):
+    assert notes(architecture, max_position_embeddings=32_768, **values) == ()
+
+
+#: What Phi-4-mini's config.json says.
+PHI4_MINI = {
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "vocab_size": 200_064,
+    "max_position_embeddings": 131_072,
+    "original_max_position_embeddings": 4096,
+    "partial_rotary_factor": 0.75,
+    "rope_theta": 10_000.0,
+    "rope_scaling": {"type": "longrope", "long_factor": [2.0] * 48, "short_factor": [1.0] * 48},
+    "sliding_window": 262_144,
+    "tie_word_embeddings": True,
+}
+
+
+def test_phi4_mini_rotates_a_part_of_each_head_and_stretches_it_by_two_sets_of_factors():
+    found = keys("Phi3ForCausalLM", **PHI4_MINI)
+    assert (found["rope.dimension_count"], found["context_length"]) == (96, 131_072)
+    assert found["rope.scaling.original_context_length"] == 4096
+    assert found["rope.scaling.attn_factor"] == pytest.approx(1.1902380714238083)  # sqrt(1 + ln 32 / ln 4096)
+    family, config = recognise({"architectures": ["Phi3ForCausalLM"], **PHI4_MINI})
+    shapes = {recipe.target: recipe.shape for recipe in family.recipes(config)}
+    assert shapes["blk.31.attn_qkv.weight"] == ((24 + 2 * 8) * 128, 3072)
+    factors = family.generated(config)
+    assert {name: len(values) for name, values in factors.items()} == {
+        "rope_factors_long.weight": 48,
+        "rope_factors_short.weight": 48,
+    }
+    (note,) = family.notes(config)
+    assert "more than 4096 tokens" in note
+
+
+def test_factors_for_the_whole_head_do_not_fit_a_part_that_rotates():
+    scaling = {"type": "longrope", "long_factor": [2.0] * 64, "short_factor": [1.0] * 64}
+    with pytest.raises(UnsupportedConfig, match="must hold 48 numbers"):
+        use("Phi3ForCausalLM", {**PHI4_MINI, "rope_scaling": scaling})
 
 
 REFUSALS = {

@@ -19,34 +19,17 @@ from filelock import FileLock
 
 from models.errors import ModelsError
 from models.store import Store
-from quantize import pipeline, steps
+from quantize import pipeline
 from quantize.child import OutputNotWritten
 from quantize.errors import QuantizeError
 from quantize.imatrix import ImportanceMatrix
-from quantize.measure import Backend
 from quantize.pipeline import FolderBusy, run
-from quantize.settings import Settings
 from quantize.source import UnusableSource, find, named
 from quantize.texts import UnusableText
 from quantize.types import NeedsImportance
 
 TYPES = ("Q8_0", "Q4_K_M")
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def asked(tiny_llama, tmp_path_factory) -> Settings:
-    """A small run; its `out` is to be replaced."""
-    source = named(find(str(tiny_llama.path), store=Store(tmp_path_factory.mktemp("home"))), "tiny")
-    return Settings(
-        source,
-        Path("unset"),
-        TYPES,
-        calibration_tokens=600,
-        eval_tokens=100,
-        n_parallel=4,
-        backend=Backend(1),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -61,20 +44,6 @@ def finished(asked, tmp_path_factory) -> Path:
 def copy(finished, tmp_path) -> Path:
     """A copy of the finished folder; times kept, as they are part of the manifests."""
     return Path(shutil.copytree(finished, tmp_path / "copy"))
-
-
-@pytest.fixture
-def made(monkeypatch) -> list[str]:
-    """Names of the steps that ran, in order."""
-    names: list[str] = []
-    write = steps.Ledger._write
-
-    def noting(self, step, facts, seconds):
-        names.append(step.name)
-        write(self, step, facts, seconds)
-
-    monkeypatch.setattr(steps.Ledger, "_write", noting)
-    return names
 
 
 def hashes(out: Path) -> dict[str, str]:

@@ -214,7 +214,7 @@ def test_tokens_beyond_the_embedding_are_left_out_and_noted(folder):
     vocabulary = read(path)
     assert len(vocabulary.pieces) == 32_000
     assert vocabulary.notes == (
-        "1 tokens have no row among the embedding's 32000 and are left out: '[EXTRA]'",
+        "1 tokens have no row among the embedding's 32000 and are left out: '[EXTRA]'.",
     )
     assert read(path, foreign=frozenset({"[EXTRA]"})).notes == ()
     assert read(path, n_vocab=32_001).pieces[32_000].text == "[EXTRA]"

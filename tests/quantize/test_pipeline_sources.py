@@ -1,0 +1,94 @@
+"""What the pipeline makes of sources that lack something: refused before work, or told in the report."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from models.errors import ModelsError
+from quantize import work
+from quantize.calibrate import NoUsableText
+from quantize.families.supported import UnsupportedArchitecture
+from quantize.frame import CannotConverse
+from quantize.pipeline import run
+from quantize.settings import Settings
+
+
+@pytest.fixture
+def mute(asked, checkpoint) -> Settings:
+    """The same run of a model whose chat template cannot frame a conversation."""
+    (checkpoint / "chat_template.jinja").write_text("always the same")
+    source = dataclasses.replace(asked.source, path=checkpoint)
+    return dataclasses.replace(asked, source=source, types=("Q4_0",))
+
+
+ALICE = Path(__file__).parent / "golden" / "alice.txt"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"calibration": "none"}, {"calibration": ALICE}, {"eval_text": ALICE}],
+    ids=["self", "none", "file", "self with a text to measure on"],
+)
+def test_a_model_that_cannot_converse_is_told_so_before_anything_is_made(change, mute, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(CannotConverse, match=r"does not print the user's message.*--eval-text FILE"):
+        run(dataclasses.replace(mute, out=out, **change))
+    assert not out.exists()
+
+
+def test_a_model_that_cannot_converse_is_measured_on_a_text_alone(mute, made, tmp_path):
+    settings = dataclasses.replace(mute, calibration="none", eval_text=ALICE, out=tmp_path / "out")
+    report = run(settings)
+    assert report.evaluation is None
+    assert report.files[0].chats is None
+    assert report.files[0].text is not None
+    assert report.files[0].text.kl.mean > 0
+    assert "divergence is measured on alice.txt alone" in report.warnings[0]
+    assert not {"generator", "evaluation"} & set(made)
+    card = (settings.out / "report.md").read_text("utf-8")
+    assert "does not print the user's message: there are no held-out conversations" in card
+    assert card.count("| type | MB |") == 1
+
+
+def test_a_model_that_turns_out_to_write_nothing_usable_is_measured_on_the_text(
+    asked, monkeypatch, tmp_path, made
+):
+    def nothing(*_, **__):
+        raise NoUsableText({"empty question": 200})
+
+    monkeypatch.setattr(work, "write_conversations", nothing)
+    settings = dataclasses.replace(asked, calibration="none", types=("Q4_0",), out=tmp_path / "out")
+    with pytest.raises(NoUsableText, match="--eval-text"):
+        run(settings)
+    assert "quantize-Q4_0" not in made
+    report = run(dataclasses.replace(settings, eval_text=ALICE))
+    assert "200 empty question" in report.warnings[0]
+    assert report.files[0].text is not None
+
+
+def test_what_cannot_be_converted_is_refused_before_the_folder_is_made(asked, checkpoint, tmp_path):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "architectures": ["MixtralForCausalLM"]}))
+    source, out = dataclasses.replace(asked.source, path=checkpoint), tmp_path / "out"
+    with pytest.raises(UnsupportedArchitecture, match="MixtralForCausalLM"):
+        run(dataclasses.replace(asked, source=source, out=out))
+    with pytest.raises(ModelsError, match="adapter_config"):
+        run(dataclasses.replace(asked, adapter=tmp_path, out=out))
+    assert not out.exists()
+
+
+def test_what_a_conversion_must_say_is_in_the_report(asked, checkpoint, tmp_path):
+    config = json.loads((checkpoint / "config.json").read_text())
+    config |= {"architectures": ["MistralForCausalLM"], "sliding_window": 128}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    settings = dataclasses.replace(
+        asked,
+        source=dataclasses.replace(asked.source, path=checkpoint),
+        types=("Q4_0",),
+        calibration="none",
+        out=tmp_path / "out",
+    )
+    assert any("a window of 128 tokens" in warning for warning in run(settings).warnings)
+    assert "a window of 128 tokens" in (settings.out / "report.md").read_text("utf-8")
