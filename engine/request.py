@@ -182,8 +182,7 @@ class GenerationRequest:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """Natural logarithms of the model's own probabilities, before any sampling stage."""
 
     token: int

@@ -112,13 +112,16 @@ class _Biases:
         sums: dict[int, float] = {}
         for token, bias in biases:
             sums[token] = sums.get(token, 0.0) + _added(bias)
+        self._only_bans = all(added <= 0 for added in sums.values())
+        self._biased = frozenset(sums)
         self._tokens = np.fromiter(sums, np.intp, len(sums))
         self._added = np.fromiter(sums.values(), np.float32, len(sums))
 
     def likeliest(self, logits: np.ndarray) -> int:
         """The token of the highest biased logit, the first of equals; `logits` is left as it was."""
-        if not len(self._tokens):
-            return int(logits.argmax())
+        token = int(logits.argmax())
+        if self._only_bans and token not in self._biased:  # so of nearly every token
+            return token
         own = logits[self._tokens]
         logits[self._tokens] = own + self._added
         token = int(logits.argmax())

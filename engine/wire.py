@@ -1,19 +1,32 @@
-"""What crosses the boundary between the engine's client and its process: length-prefixed pickles.
+"""What crosses the boundary between the engine's client and its process: length-prefixed messages.
 
-Both ends are our own code on one socket pair that nobody else can open, so pickle is safe here. Errors travel
-as class and attributes, since an exception with a constructor of its own does not unpickle.
+Pickles, but for the one message of nearly every step, text that was written, which msgpack does in a tenth
+of the time. Both ends are our own code on one socket pair that nobody else can open, so pickle is safe here.
+Errors travel as class and attributes, since an exception with a constructor of its own does not unpickle.
 """
 
 import pickle
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from engine.request import EngineConfig, EngineError, EngineInfo, EngineStats, Event, GenerationRequest
+import msgspec
 
-HEADER = struct.Struct("<I")
+from engine.request import (
+    Delta,
+    EngineConfig,
+    EngineError,
+    EngineInfo,
+    EngineStats,
+    Event,
+    GenerationRequest,
+)
+
+HEADER = struct.Struct("<I?")  # bytes that follow; whether they are a pickle
 PROTOCOL = pickle.HIGHEST_PROTOCOL
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder(list[tuple[int, Delta]]).decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +101,15 @@ class Answer:
 
 
 class Outputs(NamedTuple):
-    """Everything that one step gave; with a snapshot when a request ended.
+    """Everything that one step gave; with a snapshot when a request ended."""
 
-    A tuple, as is Delta: pickling it takes a fifth of a frozen dataclass's time, and there is one a step.
-    """
-
-    items: list[tuple[int, Event | Failure]]
+    items: Sequence[tuple[int, Event | Failure]]
     stats: EngineStats | None = None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether there is nothing else in it, as in nearly every step."""
+        return self.stats is None and all(type(event) is Delta for _, event in self.items)
 
 
 Question = Tokenize | Detokenize | AskStats
@@ -104,17 +119,20 @@ Reply = Ready | Failure | Answer | Outputs
 
 def frame(message: Command | Reply) -> bytes:
     """One message as bytes."""
+    if isinstance(message, Outputs) and message.is_text:
+        data = _pack(message.items)
+        return HEADER.pack(len(data), False) + data
     data = pickle.dumps(message, PROTOCOL)
-    return HEADER.pack(len(data)) + data
+    return HEADER.pack(len(data), True) + data
 
 
 def messages(buffer: bytearray) -> Iterator[Any]:
     """Take every complete message off the front of what was received."""
     while len(buffer) >= HEADER.size:
-        (size,) = HEADER.unpack_from(buffer)
+        size, is_pickle = HEADER.unpack_from(buffer)
         end = HEADER.size + size
         if len(buffer) < end:
             return
         data = bytes(buffer[HEADER.size : end])
         del buffer[:end]
-        yield pickle.loads(data)
+        yield pickle.loads(data) if is_pickle else Outputs(_unpack(data))
