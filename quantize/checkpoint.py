@@ -16,7 +16,6 @@ import numpy as np
 
 from models.tensors import TensorFile
 from quantize.errors import QuantizeError
-from quantize.floats import Dtype
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -98,15 +97,6 @@ class Checkpoint:
             _check_shard(file, names, found)
             tensors |= found
         return cls(path, config, tensors)
-
-    @property
-    def dtype(self) -> Dtype:
-        """The type that most bytes of the matrices have: F32, F16 or BF16."""
-        sizes: dict[Dtype, int] = {"F32": 0, "F16": 0, "BF16": 0}
-        for kind in sizes:
-            matrices = (one for one in self.tensors.values() if one.dtype == kind and len(one.shape) > 1)
-            sizes[kind] = sum(one.size_bytes for one in matrices)
-        return max(sizes, key=lambda kind: sizes[kind])
 
 
 def row_blocks(values: np.ndarray) -> Iterator[np.ndarray]:

@@ -18,7 +18,7 @@ from quantize.families.supported import recognise
 from quantize.floats import Dtype
 from quantize.general import write_general
 from quantize.gguf_file import Progress
-from quantize.plan import Output, match, outputs
+from quantize.plan import Output, main_dtype, match, outputs
 from quantize.vocabulary import Vocabulary, read_vocabulary
 
 __all__ = ["Dtype", "Prepared", "Progress", "convert", "prepare"]
@@ -45,7 +45,8 @@ def convert(
 ) -> Header:
     """Write the GGUF `out` from a checkpoint folder and return its header.
 
-    `dtype` is that of the matrices, None for the checkpoint's own; norms and biases are float32 always.
+    `dtype` is that of the matrices. None: each keeps the checkpoint's, and is float32 where an adapter is
+    merged into it, for bfloat16 would round a small change away. Norms and biases are float32 always.
     `pre` names the splitting rule of a byte-level tokenizer that is not recognised. Peak memory is about one
     tensor and the vocabulary. Raises QuantizeError or ModelsError; then nothing is at `out` that was not.
     """
@@ -61,8 +62,7 @@ def prepare(
     opened = Checkpoint.open(checkpoint)
     family, config = recognise(opened.config)
     matches = match(opened, family, config)
-    kept = dtype or opened.dtype
-    made = outputs(matches, family.generated(config), dtype=kept, adapter=adapter)
+    made = outputs(matches, family.generated(config), dtype=dtype, adapter=adapter)
     vocabulary = read_vocabulary(
         checkpoint,
         n_vocab=config.integer("vocab_size"),
@@ -72,7 +72,7 @@ def prepare(
     )
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[family.architecture])
     gguf_file.announce(writer, made)
-    write_general(writer, checkpoint, dtype=kept, vocabulary=vocabulary)
+    write_general(writer, checkpoint, dtype=main_dtype(made), vocabulary=vocabulary)
     family.hyperparameters(config, writer)
     vocabulary.write(writer)
     return Prepared(writer, made, vocabulary, family.notes(config) + vocabulary.notes)

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 Dtype = Literal["F32", "F16", "BF16"]
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+ITEM_BYTES: dict[Dtype, int] = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 def to_float32(stored: np.ndarray) -> np.ndarray:

@@ -33,7 +33,10 @@ class NotFinite(QuantizeError):
     """Activations that overflowed."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"the inputs of {name} are not finite numbers; convert the model as F32 or BF16")
+        super().__init__(
+            f"the inputs of {name} are not finite numbers, as when they overflow float16; give the model's "
+            "BF16 or F32 checkpoint or GGUF"
+        )
 
 
 class Collector:

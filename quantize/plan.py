@@ -8,6 +8,7 @@ adapter is merged into it.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from typing import cast
 
 import numpy as np
 
@@ -71,14 +72,26 @@ def is_tied(matches: list[Match]) -> bool:
 
 
 def outputs(
-    matches: list[Match], generated: Mapping[str, np.ndarray], *, dtype: Dtype, adapter: Adapter | None
+    matches: list[Match], generated: Mapping[str, np.ndarray], *, dtype: Dtype | None, adapter: Adapter | None
 ) -> list[Output]:
-    """What the GGUF will hold, in its order; raises AdapterMismatch for an adapter of another model."""
+    """What the GGUF will hold, in its order; raises AdapterMismatch for an adapter of another model.
+
+    `dtype` None: matrices stay as they are stored, and changed ones are float32.
+    """
     if adapter is not None:
         matches = _split_head(matches, adapter)
         adapter.unused([tensor.name for _, tensor in matches])
     made = [_generated(name, values) for name, values in generated.items()]
     return made + [_output(recipe, tensor, dtype, adapter) for recipe, tensor in matches]
+
+
+def main_dtype(made: list[Output]) -> Dtype:
+    """The type that most bytes of the matrices have."""
+    sizes: dict[Dtype, int] = dict.fromkeys(ITEM_BYTES, 0)
+    for output in made:
+        if len(output.shape) > 1:
+            sizes[output.dtype] += output.size_bytes
+    return max(sizes, key=lambda kind: sizes[kind])
 
 
 def _by_canonical_name(checkpoint: Checkpoint, family: Family) -> dict[str, StoredTensor]:
@@ -153,9 +166,10 @@ def _generated(name: str, values: np.ndarray) -> Output:
     return Output(name, values.shape, "F32", lambda: iter([values]))
 
 
-def _output(recipe: Recipe, tensor: StoredTensor, dtype: Dtype, adapter: Adapter | None) -> Output:
-    kept: Dtype = "F32" if len(recipe.shape) < 2 else dtype
+def _output(recipe: Recipe, tensor: StoredTensor, dtype: Dtype | None, adapter: Adapter | None) -> Output:
     merged = adapter if adapter is not None and adapter.changes(tensor.name) else None
+    unasked: Dtype = "F32" if merged else cast("Dtype", tensor.dtype)
+    kept: Dtype = "F32" if len(recipe.shape) < 2 else dtype or unasked
     return Output(recipe.target, recipe.shape, kept, lambda: _blocks(recipe, tensor, kept, merged))
 
 

@@ -1,8 +1,12 @@
 """A PEFT adapter merged while converting gives the logits that PEFT itself computes."""
 
+import json
 import shutil
 
+import gguf
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from models.lora import Adapter, AdapterMismatch
 from quantize.convert import convert
@@ -87,6 +91,42 @@ def test_merged_adapter_gives_pefts_logits(name, merge, max_kl, some_tokens):
     plain, wanted, merged = merge(*ADAPTERS[name], some_tokens)
     assert max_kl(wanted, merged) < 1e-4
     assert max_kl(plain, merged) > 1e-2, "the adapter changes nothing: the test proves nothing"
+
+
+def test_a_change_smaller_than_bfloat16_can_tell_survives_and_the_rest_stays_as_stored(make_tiny, tmp_path):
+    import torch
+
+    tiny = make_tiny("LlamaConfig", "llama2")
+    tiny.model.to(torch.bfloat16).save_pretrained(tiny.path)
+    generator = np.random.default_rng(0)
+    a = generator.normal(size=(2, 64)).astype(np.float32)
+    b = generator.normal(size=(64, 2)).astype(np.float32) * 1e-5
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    name = "base_model.model.model.layers.1.mlp.down_proj"
+    save_file(
+        {f"{name}.lora_A.weight": np.tile(a, (1, 2))[:, :96].copy(), f"{name}.lora_B.weight": b},
+        folder / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["down_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+    convert(tiny.path, tmp_path / "plain.gguf")
+    convert(tiny.path, tmp_path / "merged.gguf", adapter=Adapter.open(folder))
+    plain, merged = (
+        {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / f"{which}.gguf").tensors}
+        for which in ("plain", "merged")
+    )
+    changed = {n for n in plain if plain[n].tensor_type != merged[n].tensor_type}
+    assert changed == {"blk.1.ffn_down.weight"}
+    before, after = (
+        gguf.dequantize(of["blk.1.ffn_down.weight"].data, of["blk.1.ffn_down.weight"].tensor_type)
+        for of in (plain, merged)
+    )
+    delta = b @ np.tile(a, (1, 2))[:, :96]
+    assert np.abs(delta).max() < np.abs(before).mean() / 1000
+    assert np.allclose(after - before, delta, atol=1e-7)
+    assert np.mean(after == before) < 0.02
 
 
 def test_adapter_of_another_model_is_refused(make_tiny, train, checkpoint, tmp_path):

@@ -177,6 +177,22 @@ def test_weight_beyond_float16_is_refused_for_f16(checkpoint, refused):
     refused(ValueOutOfRange, rf"{re.escape(name)} holds 1e\+06", dtype="F16")
 
 
+def test_weight_beyond_float16_in_a_float16_checkpoint_keeps_its_own_type(checkpoint, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def halve(weights):
+        for key in weights:
+            weights[key] = weights[key].astype(np.float32 if key == name else np.float16)
+        weights[name].fill(1e6)
+
+    change_weights(checkpoint, halve)
+    header = convert(checkpoint, tmp_path / "out.gguf")
+    types = {tensor.name: tensor.type.name for tensor in header.tensors if len(tensor.shape) > 1}
+    assert types.pop("blk.0.ffn_up.weight") == "F32"
+    assert set(types.values()) == {"F16"}
+    assert header.metadata["general.file_type"] == 1
+
+
 def test_quantized_checkpoint_is_refused(checkpoint, refused):
     edit(checkpoint, quantization_config={"quant_method": "gptq"})
     refused(UnsupportedConfig, r"quant_method = 'gptq'.*full-precision")
