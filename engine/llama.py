@@ -19,9 +19,12 @@ from llama_cpp import _ggml as ggml_library
 from llama_cpp import llama_cpp as native
 
 from engine.request import EngineError, KVType, ModelLoadFailed
+from engine.runs import LONGEST_RUN, without_long_runs
 from engine.tensor import Tensor, TensorView
 
 KV_TYPES: dict[KVType, int] = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
+_BPE = 2  # LLAMA_VOCAB_TYPE_BPE
+_SPACE_SPLITTERS = frozenset({"bloom", "gpt3-finnish", "poro-chat", "viking", "whitespace"})
 _ERROR_LEVELS = (3, 4)  # GGML_LOG_LEVEL_WARN, GGML_LOG_LEVEL_ERROR
 _LOG_LINES_KEPT = 40
 
@@ -216,8 +219,28 @@ class Model(Handle):
     def tokenize(
         self, text: str | bytes, *, add_special: bool = True, parse_special: bool = False
     ) -> list[int]:
-        """Token ids; `parse_special` turns the text of special tokens into those tokens."""
+        """Token ids; `parse_special` turns the text of special tokens into those tokens.
+
+        With a BPE vocabulary, runs of thousands of like characters are tokenized in parts.
+        """
         data = text.encode() if isinstance(text, str) else text
+        if native.llama_vocab_type(self.vocab) != _BPE or len(data) <= LONGEST_RUN:
+            return self._tokenize(data, add_special, parse_special)
+        parts = without_long_runs(data.decode("utf-8", "replace"), mixed=self._splits_at_spaces_only)
+        if len(parts) == 1:
+            return self._tokenize(data, add_special, parse_special)
+        tokens = [token for part in parts for token in self._tokenize(part.encode(), False, parse_special)]
+        if add_special and self.adds_bos and self.bos_id is not None:
+            tokens.insert(0, self.bos_id)
+        if add_special and native.llama_vocab_get_add_eos(self.vocab) and self.eos_id is not None:
+            tokens.append(self.eos_id)
+        return tokens
+
+    @cached_property
+    def _splits_at_spaces_only(self) -> bool:
+        return self.metadata.get("tokenizer.ggml.pre") in _SPACE_SPLITTERS
+
+    def _tokenize(self, data: bytes, add_special: bool, parse_special: bool) -> list[int]:
         room = len(data) + 8
         tokens = (native.llama_token * room)()
         count = native.llama_tokenize(self.vocab, data, len(data), tokens, room, add_special, parse_special)

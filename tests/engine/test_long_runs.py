@@ -1,0 +1,89 @@
+"""Endless words, spaces, digits and signs are tokenized, however the vocabulary splits words."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+
+from engine.llama import Model
+from engine.runs import LONGEST_RUN, without_long_runs
+
+ROOT = Path(__file__).parents[2]
+RUN = 50_000
+UNITS = ["a", ".", " ", "1", "\n", "가", "\u0915\u093f", "!\u0301", "a1"]
+
+
+def letters_of_bytes() -> list[str]:
+    """GPT-2's way of writing the 256 bytes as letters."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
+
+
+@pytest.fixture(scope="module")
+def make_vocabulary(tmp_path_factory):
+    """A function: the name of the splitting expression -> a GGUF that holds a vocabulary of bytes only."""
+
+    def make(pre: str) -> Path:
+        path = tmp_path_factory.mktemp("vocabulary") / f"{pre}.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list([*letters_of_bytes(), "<s>", "</s>"])
+        writer.add_token_types([1] * 256 + [3, 3])
+        writer.add_token_merges(["a a"])
+        writer.add_bos_token_id(256)
+        writer.add_eos_token_id(257)
+        writer.add_add_bos_token(True)
+        writer.add_add_eos_token(True)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        return path
+
+    return make
+
+
+SCRIPT = f"""
+import sys
+from pathlib import Path
+from engine.llama import Model
+with Model.open(Path(sys.argv[1]), vocab_only=True) as model:
+    for unit in {UNITS!r}:
+        text = "Before. " + unit * {RUN} + " after"
+        tokens = model.tokenize(text)
+        assert (tokens[0], tokens[-1]) == (model.bos_id, model.eos_id), unit
+        assert not {{model.bos_id, model.eos_id}} & set(tokens[1:-1]), unit
+        assert tokens[1:-1] == model.tokenize(text, add_special=False), unit
+        assert model.detokenize(tokens[1:-1]) == text, unit
+"""
+
+
+@pytest.mark.parametrize("pre", ["deepseek-llm", "deepseek-v3", "tekken", "gpt-4o", "bloom", "default"])
+def test_endless_runs_do_not_end_the_process(make_vocabulary, pre):
+    command = [sys.executable, "-c", SCRIPT, str(make_vocabulary(pre))]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_special_tokens_beside_an_endless_run_are_parsed(make_vocabulary):
+    with Model.open(make_vocabulary("tekken"), vocab_only=True) as model:
+        tokens = model.tokenize("</s>" + "a" * RUN + "</s>", add_special=False, parse_special=True)
+    assert (tokens[0], tokens[-1], tokens.count(257)) == (257, 257, 2)
+
+
+def test_ordinary_text_is_one_part():
+    words = "word " * 5000 + "\n" * 100 + "가나다, " * 3000
+    assert without_long_runs(words) == [words]
+    assert without_long_runs("a1" * RUN) == ["a1" * RUN]
+    assert without_long_runs("a" * LONGEST_RUN) == ["a" * LONGEST_RUN]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_parts_make_up_the_text_and_are_short(unit):
+    text = f"One {unit * RUN} two {unit * RUN}"
+    parts = without_long_runs(text, mixed=unit == "a1")
+    assert "".join(parts) == text
+    assert max(map(len, parts)) < 2 * LONGEST_RUN
