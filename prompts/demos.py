@@ -43,6 +43,12 @@ def read(value: Any, *, inputs: Mapping[str, Any], path: Path) -> tuple[Demo, ..
     return _from_file(value, inputs, path)
 
 
+def file_of(value: Any, path: Path) -> Path | None:
+    """The data file that a value of `metadata.lq.demos` names; None for one that holds its demos itself."""
+    name = value.get("file") if isinstance(value, dict) else value
+    return path.parent / name if isinstance(name, str) else None
+
+
 def _from_file(value: Mapping[str, Any], inputs: Mapping[str, Any], path: Path) -> tuple[Demo, ...]:
     refuse_unknown(value, FILE_KEYS, "metadata.lq.demos.", path)
     select = value.get("select", "static")
@@ -63,7 +69,7 @@ def _from_file(value: Mapping[str, Any], inputs: Mapping[str, Any], path: Path) 
 
 def _load(data: Path, prompt: Path) -> list[Any]:
     if not data.is_file():
-        raise PromptError(f"the demo file {data} does not exist", path=prompt)
+        raise PromptError(f"the demo file {data.name} does not exist beside the prompt", path=prompt)
     text = data.read_text("utf-8")
     try:
         if data.suffix == ".jsonl":

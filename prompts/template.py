@@ -9,6 +9,7 @@ import difflib
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from prompts.sections import Section
 
 LIBRARY = Path(__file__).parent / "library"
 SUFFIX = ".prompt"
+#: Names are compared and quoted up to here.
+NAME_CHARACTERS = 100
 #: Parts of the head that a template can place by name, or all at once as `instructions`.
 PARTS = ("persona", "goal", "rules", "steps", "output")
 GIVEN = ("question", "sources", "instructions", *PARTS)
@@ -33,6 +36,11 @@ GIVEN = ("question", "sources", "instructions", *PARTS)
 _environment = ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
 )
+
+Stamp = tuple[int, int]  # (time of the last change in ns, bytes)
+
+#: By path: the prompt, and what its files were when it was read.
+_loaded: dict[Path, tuple["Prompt", dict[Path, Stamp | None]]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +87,10 @@ class Prompt:
         known = self.head.inputs
         for name in variables:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
+                shown = name[:NAME_CHARACTERS]
+                close = difflib.get_close_matches(shown, known, n=1)
                 hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known) or 'none'}"
-                raise PromptError(f"has no variable `{name}`: {hint}", path=self.path)
+                raise PromptError(f"has no variable `{shown}`: {hint}", path=self.path)
         defaults = {name: entry.default for name, entry in known.items() if entry.default is not None}
         values = defaults | dict(variables)
         missing = [name for name in known if name not in values]
@@ -97,15 +106,32 @@ class Prompt:
         # Blank lines in front keep Jinja's line numbers those of the file.
         source = "\n" * (section.line - 1) + section.text
         try:
-            rendered = _environment.from_string(source).render(**parts, **values, **given)
+            rendered = _compiled(source).render(**parts, **values, **given)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise PromptError(str(error), path=self.path, line=_line_of(error)) from None
         return Message(section.role, rendered.strip())
 
 
+@lru_cache(maxsize=256)
+def _compiled(source: str) -> jinja2.Template:
+    return _environment.from_string(source)
+
+
 def load(name_or_path: str, *, folder: Path | None = None) -> Prompt:
-    """A prompt by name (from `folder` first, then the shipped library) or by the path of its file."""
+    """A prompt by name (from `folder` first, then the shipped library) or by the path of its file.
+
+    Its files are read again only when one of them has changed.
+    """
     path = _find(name_or_path, folder)
+    known = _loaded.get(path)
+    if known is None or any(_stamp(file) != stamp for file, stamp in known[1].items()):
+        known = _loaded[path] = _read(path)
+    return known[0]
+
+
+def _read(path: Path) -> tuple[Prompt, dict[Path, Stamp | None]]:
+    """The prompt, and its files as they were just before each was read."""
+    stamps = {path: _stamp(path)}
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
@@ -115,7 +141,18 @@ def load(name_or_path: str, *, folder: Path | None = None) -> Prompt:
     found = sections.cut(body, first_line=first_line, path=path)
     used = frozenset().union(*(_variables(section, path) for section in found))
     _check_variables(head, found, used, path)
-    return Prompt(path, head, found, demo_files.read(head.demos, inputs=head.inputs, path=path), used)
+    if data := demo_files.file_of(head.demos, path):
+        stamps[data] = _stamp(data)
+    demos = demo_files.read(head.demos, inputs=head.inputs, path=path)
+    return Prompt(path, head, found, demos, used), stamps
+
+
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
 
 
 def names(*, folder: Path | None = None) -> list[str]:
@@ -134,9 +171,10 @@ def _find(name_or_path: str, folder: Path | None) -> Path:
         if place is not None and (path := place / f"{name_or_path}{SUFFIX}").is_file():
             return path
     known = names(folder=folder)
-    close = difflib.get_close_matches(name_or_path, known, n=1)
+    shown = name_or_path[:NAME_CHARACTERS]
+    close = difflib.get_close_matches(shown, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-    raise PromptError(f"no prompt named {name_or_path!r}: {hint} (or give the path of a {SUFFIX} file)")
+    raise PromptError(f"no prompt named {shown!r}: {hint} (or give the path of a {SUFFIX} file)")
 
 
 def _variables(section: Section, path: Path) -> set[str]:

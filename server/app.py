@@ -1,8 +1,5 @@
 """The Litestar application of a service: routes, keys, errors in OpenAI's shape, the OpenAPI page."""
 
-import logging
-import traceback
-
 from litestar import Litestar, Request
 from litestar.config.cors import CORSConfig
 from litestar.connection import ASGIConnection
@@ -11,7 +8,7 @@ from litestar.handlers import BaseRouteHandler
 from litestar.openapi import OpenAPIConfig
 from litestar.response import Response
 
-from server.errors import Failure, describe, of_status
+from server.errors import Failure, logged, of_status
 from server.gate import Gate
 from server.openapi_page import SPECIFICATION_PATH, DocumentPage, Specification
 from server.routes.chat import chat_completions
@@ -21,7 +18,6 @@ from server.routes.health import health, metrics
 from server.routes.models import list_models, show_model
 from server.service import Service
 
-LOG = logging.getLogger("lq.server")
 ROUTES = [chat_completions, completions, embeddings, list_models, show_model, health, metrics]
 
 
@@ -55,12 +51,7 @@ def _of_litestar(request: Request, error: HTTPException) -> Response:
 
 
 def _of_any(request: Request, error: Exception) -> Response:
-    failure = describe(error)
-    if failure.code == "internal_error":
-        # The place, not the message: an exception may quote what a user wrote.
-        place = "".join(traceback.format_tb(error.__traceback__))
-        LOG.error("%s %s\n%s", request.scope.get("lq_request_id"), type(error).__name__, place)
-    return _response(failure)
+    return _response(logged(error, request_id=request.scope["lq_request_id"]))  # type: ignore[typeddict-item]
 
 
 def _response(failure: Failure) -> Response:

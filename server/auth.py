@@ -2,7 +2,9 @@
 
 import hashlib
 import hmac
+import ipaddress
 import os
+import re
 from pathlib import Path
 
 from server.errors import HostNotAllowed, Unauthorized
@@ -10,6 +12,7 @@ from server.settings import Settings, SettingsError
 
 ENVIRONMENT = "LQ_API_KEY"
 MIN_KEY_CHARACTERS = 8
+HOST_NAME = re.compile(r"\[[0-9a-f:.]+\]|[a-z0-9_](?:[a-z0-9._-]*[a-z0-9_.])?")
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
 
@@ -41,6 +44,10 @@ def read_keys(settings: Settings) -> Keys:
     for key in keys:
         if len(key) < MIN_KEY_CHARACTERS:
             raise SettingsError(f"an API key has {len(key)} characters; use {MIN_KEY_CHARACTERS} or more")
+        if not (key.isascii() and key.isprintable()):
+            raise SettingsError(
+                "an API key has a character that no HTTP header carries: use ASCII letters, digits and signs"
+            )
     if not keys and not settings.is_loopback:
         raise SettingsError(
             f"{settings.server.host} can be reached from other machines, so an API key is needed: "
@@ -72,12 +79,31 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
+def _host_name(text: str) -> str:
+    """An entry of `allowed_hosts` as the Host header carries it."""
+    name = _bracketed(text.strip().lower())
+    if not HOST_NAME.fullmatch(name):
+        raise SettingsError(
+            f"server.allowed_hosts: {text[:200]!r} is no host name: leave out scheme, port and path "
+            "(every port is allowed), such as lq.example.org"
+        )
+    return name
+
+
+def _bracketed(name: str) -> str:
+    """An IPv6 address in the brackets that it has in a Host header; other names as they are."""
+    try:
+        return f"[{ipaddress.IPv6Address(name)}]"
+    except ValueError:
+        return name
+
+
 class Hosts:
     """Names that the Host header may carry: on loopback, no page of another name (DNS rebinding)."""
 
     def __init__(self, settings: Settings) -> None:
-        extra = {name.lower() for name in settings.server.allowed_hosts}
-        own = {settings.server.host.lower()} | LOOPBACK_HOSTS
+        extra = {_host_name(name) for name in settings.server.allowed_hosts}
+        own = {_bracketed(settings.server.host.lower())} | LOOPBACK_HOSTS
         self._allowed = own | extra if settings.is_loopback or extra else None
 
     def check(self, header: str | None) -> None:

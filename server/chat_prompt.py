@@ -4,15 +4,21 @@ The text of a control token (`<|im_end|>`) inside a message stays text: nobody e
 system message, by writing one. Only the template's own control tokens count.
 """
 
+import asyncio
+import itertools
 import re
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from engine.chat import render_chat
 from engine.request import EngineInfo
 from prompts.message import Message
 from server.engines import Engine
 from server.errors import BadRequest
+
+#: Control tokens that the messages of one request may hold as text: the pieces between are tokenised apart.
+MAX_WRITTEN = 1000
 
 
 class NoChatTemplate(BadRequest):
@@ -21,6 +27,15 @@ class NoChatTemplate(BadRequest):
             f"the model {model!r} has no chat template: use /v1/completions with its own prompt format",
             param="model",
             code="no_chat_template",
+        )
+
+
+class TooManyWritten(BadRequest):
+    def __init__(self, example: str) -> None:
+        super().__init__(
+            f"messages: hold more than {MAX_WRITTEN} of the model's control tokens, such as {example!r}, "
+            "written as text: take them out",
+            param="messages",
         )
 
 
@@ -43,33 +58,57 @@ async def tokens(
     """The prompt as token ids."""
     if control is None or not any(control.search(message.content) for message in messages):
         text = render(engine.info, messages, model=model)
-        return await _tokenize(engine, text, add_special=adds_special(engine.info, text), parse_special=True)
+        bos = adds_special(engine.info, text)
+        return await _tokenize(engine, _Part(text, add_special=bos, parse_special=True))
     return await _tokens_beside_written_ones(engine, messages, model=model, control=control)
 
 
 async def _tokens_beside_written_ones(
     engine: Engine, messages: Sequence[Message], *, model: str, control: re.Pattern[str]
 ) -> tuple[int, ...]:
-    """Render with a mark in place of each written control token, then tokenise the pieces apart."""
+    """Render with a mark in place of each written control token, then tokenise the distinct pieces apart."""
     mark = f"lq{secrets.token_hex(16)}lq"
-    written: list[str] = []
+    numbers: dict[str, int] = {}
+    n_written = 0
 
     def hide(match: re.Match[str]) -> str:
-        written.append(match[0])
-        return f"{mark}{len(written) - 1}{mark}"
+        nonlocal n_written
+        n_written += 1
+        if n_written > MAX_WRITTEN:
+            raise TooManyWritten(match[0])
+        return f"{mark}{numbers.setdefault(match[0], len(numbers))}{mark}"
 
     hidden = [Message(message.role, control.sub(hide, message.content)) for message in messages]
     text = render(engine.info, hidden, model=model)
-    found: list[int] = []
-    # Odd pieces are the numbers between two marks.
-    for position, piece in enumerate(text.split(mark)):
-        first = position == 0 and adds_special(engine.info, text)
-        is_written = position % 2 == 1
-        part = written[int(piece)] if is_written else piece
-        if part:
-            found += await _tokenize(engine, part, add_special=first, parse_special=not is_written)
-    return tuple(found)
+    written = list(numbers)
+    # Odd pieces are the numbers between two marks; their text is read as text.
+    pieces = [
+        (written[int(piece)], False) if position % 2 else (piece, True)
+        for position, piece in enumerate(text.split(mark))
+        if piece
+    ]
+    bos = adds_special(engine.info, text)
+    parts = [
+        _Part(piece, add_special=bos and position == 0, parse_special=is_templates)
+        for position, (piece, is_templates) in enumerate(pieces)
+    ]
+    distinct = list(dict.fromkeys(parts))
+    found = dict(
+        zip(distinct, await asyncio.gather(*(_tokenize(engine, part) for part in distinct)), strict=True)
+    )
+    return tuple(itertools.chain.from_iterable(found[part] for part in parts))
 
 
-async def _tokenize(engine: Engine, text: str, *, add_special: bool, parse_special: bool) -> tuple[int, ...]:
-    return tuple(await engine.tokenize(text, add_special=add_special, parse_special=parse_special))
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A text that is tokenised on its own."""
+
+    text: str
+    add_special: bool
+    parse_special: bool
+
+
+async def _tokenize(engine: Engine, part: _Part) -> tuple[int, ...]:
+    return tuple(
+        await engine.tokenize(part.text, add_special=part.add_special, parse_special=part.parse_special)
+    )

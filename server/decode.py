@@ -19,6 +19,8 @@ _STEP = re.compile(r"\.(?P<name>[^.\[]+)|\[(?P<index>\d+|\.\.\.)\]")
 _FIELD = re.compile(r"(?:unknown|required) field `(?P<name>.*)`")
 _VALUE = re.compile(r"Invalid (?:enum )?value (?P<value>.*)")
 _MISSING = object()
+#: Names are compared and quoted up to here.
+NAME_CHARACTERS = 100
 
 
 def decode(body: bytes, wire_type: type[T]) -> T:
@@ -40,6 +42,7 @@ def _reason(error: Exception) -> str:
 
 
 def _explain(text: str, body: bytes, wire_type: type) -> BadRequest:
+    text = _shortened(text)
     match = _PLACE.match(text)
     assert match is not None  # the pattern matches every text
     problem, path = match["problem"], (match["path"] or "").removeprefix(".")
@@ -78,9 +81,15 @@ def _wanted(problem: str, path: str) -> str:
 def _unknown(param: str, name: str, wire_type: type) -> BadRequest:
     if name in REASONS:
         return BadRequest(f"{param}: {REASONS[name]}", param=param, code="unsupported_parameter")
-    close = difflib.get_close_matches(name, _names(wire_type), n=1)
+    close = difflib.get_close_matches(name[:NAME_CHARACTERS], _names(wire_type), n=1)
     hint = f"did you mean `{close[0]}`?" if close and param == name else "leave it out"
-    return BadRequest(f"{param[:200]}: unknown field; {hint}", param=param[:200], code="unknown_parameter")
+    shown = param[: 2 * NAME_CHARACTERS]
+    return BadRequest(f"{shown}: unknown field; {hint}", param=shown, code="unknown_parameter")
+
+
+def _shortened(text: str) -> str:
+    """msgspec's message, which quotes names and values of a body whole, without the middle of a long one."""
+    return text if len(text) <= 1000 else f"{text[:500]}...{text[-400:]}"
 
 
 def _names(wire_type: type) -> list[str]:

@@ -3,6 +3,8 @@
 Light: knows the exceptions of the floors below and nothing of Litestar.
 """
 
+import logging
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -21,8 +23,11 @@ from prompts.errors import PromptError
 from rag.collection import InvalidName, UnknownCollection
 from rag.errors import RagError
 
-#: Seconds after which a client may come back when the engine is being started again.
+LOG = logging.getLogger("lq.server")
+
+#: Seconds after which a client may come back when the engine is being started again, and when that failed.
 RESTART_RETRY_S = 2
+UNAVAILABLE_RETRY_S = 10
 #: Status that proxies log for a client that went away; nobody reads the response.
 CLIENT_CLOSED = 499
 
@@ -77,6 +82,14 @@ class HostNotAllowed(ServerError):
             f"the Host header {host[:200]!r} is not a name of this server: "
             f"use 127.0.0.1 or localhost, or list it in `allowed_hosts` under [server] in lq.toml"
         )
+
+
+class PromptTooLong(ContextOverflow):
+    """The same, with the field of the request that the prompt came from."""
+
+    def __init__(self, overflow: ContextOverflow, param: str) -> None:
+        super().__init__(overflow.n_prompt_tokens, overflow.n_ctx)
+        self.param = param
 
 
 class EmbedderBusy(ServerError):
@@ -147,7 +160,7 @@ TABLE: dict[type[BaseException], Row] = {
     EmbedderBusy: Row(429, "queue_full", retry_after_s=1),
     ClientGone: Row(CLIENT_CLOSED, "client_closed_request"),
     EngineRestarted: Row(503, "engine_restarted", retry_after_s=RESTART_RETRY_S),
-    EngineUnavailable: Row(503, "engine_unavailable"),
+    EngineUnavailable: Row(503, "engine_unavailable", retry_after_s=UNAVAILABLE_RETRY_S),
     EngineError: Row(500, "server_error"),
     ModelsError: Row(500, "server_error"),
     RagError: Row(500, "server_error"),
@@ -165,13 +178,25 @@ def describe(error: BaseException) -> Failure:
     extra: dict[str, Any] = {}
     if isinstance(error, ContextOverflow):
         extra = {"n_prompt_tokens": error.n_prompt_tokens, "n_ctx": error.n_ctx}
+        param = error.param if isinstance(error, PromptTooLong) else param
     elif isinstance(error, InvalidRequest):
         param = ENGINE_FIELDS.get(error.field, error.field)
     elif isinstance(error, BadRequest):
         code, param = error.code, error.param
     elif isinstance(error, QueueFull):
         retry_after_s = error.retry_after_s
-    return Failure(row.status, _type(row.status), code, str(error), param, extra, retry_after_s)
+    message = error.told() if isinstance(error, PromptError) else str(error)
+    return Failure(row.status, _type(row.status), code, message, param, extra, retry_after_s)
+
+
+def logged(error: BaseException, *, request_id: str) -> Failure:
+    """The failure of an exception; the place of one that is not foreseen goes to the log."""
+    failure = describe(error)
+    if failure.code == "internal_error":
+        # The place, not the message: an exception may quote what a user wrote.
+        place = "".join(traceback.format_tb(error.__traceback__))
+        LOG.error("%s %s\n%s", request_id, type(error).__name__, place)
+    return failure
 
 
 def of_status(status: int, detail: str) -> Failure:

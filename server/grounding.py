@@ -9,9 +9,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from prompts.message import Source as PromptSource
-from rag.collection import Collection, Passage, directory_of
-from server.embedding import EmbedderThread
-from server.errors import BadRequest
+from rag.collection import Collection, CollectionInfo, Passage, directory_of
+from rag.settings import rebuild_command
+from server.embedding import Embedder, EmbedderThread
+from server.errors import BadRequest, ServerError
 from server.schema.usage import Source
 
 DEFAULT_PASSAGES = 5
@@ -24,6 +25,15 @@ SEARCHED_CHARACTERS = 2000
 Count = Callable[[Sequence[Passage]], Awaitable[int]]
 
 
+class EmbedderChanged(ServerError):
+    def __init__(self, built: CollectionInfo, *, found: str) -> None:
+        repair = rebuild_command(built.name, built.roots, embedder=built.embedder)
+        super().__init__(
+            f"it was built with the embedder {built.embedder!r} ({built.embedder_fingerprint}), which has "
+            f"changed since ({found}): build it again with: {repair}"
+        )
+
+
 class Retriever:
     """Searches collections by name; opens each once."""
 
@@ -33,9 +43,15 @@ class Retriever:
         self._open: dict[str, Collection] = {}
         self._lock = threading.Lock()
 
-    def check(self, name: str) -> None:
-        """Raise InvalidName or UnknownCollection unless the collection exists."""
-        self._collection(name)
+    async def check(self, name: str) -> None:
+        """Raise unless the collection exists and the embedder that it was built with is here, unchanged."""
+        info = await asyncio.to_thread(lambda: self._collection(name).info())
+
+        def compare(embedder: Embedder) -> None:
+            if embedder.fingerprint != info.embedder_fingerprint:
+                raise EmbedderChanged(info, found=embedder.fingerprint)
+
+        await self._thread.use(info.embedder, compare)
 
     async def search(self, name: str, question: str, *, k: int) -> list[Passage]:
         """The best passages, best first, found with the embedder that the collection was built with."""

@@ -64,7 +64,13 @@ class InProcess(httpx.AsyncBaseTransport):
                 gone.set()
 
         task = asyncio.ensure_future(self._app(_scope(request), receive, send))
-        await asyncio.wait({task, started}, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait({task, started}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:  # the caller goes away, and what it asked for with it
+            gone.set()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            raise
         if not started.done():
             started.cancel()
             await task  # raises what the application raised

@@ -58,8 +58,6 @@ def _check_chat(body: ChatRequest) -> None:
         raise BadRequest(problem, param="max_completion_tokens")
     if body.top_logprobs and not body.logprobs:
         raise BadRequest("top_logprobs needs `logprobs: true`", param="top_logprobs")
-    if body.stream_options and not body.stream:
-        raise BadRequest("stream_options needs `stream: true`", param="stream_options")
 
 
 def _text(content: Content) -> str:

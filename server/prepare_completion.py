@@ -33,7 +33,7 @@ async def completion(roster: Roster, body: CompletionRequest) -> Work:
         )
         requests += choices(request, body.n or 1)
     prefixes = [echo for echo in echoes for _ in range(body.n or 1)]
-    return Work(target, tuple(requests), prefixes=tuple(prefixes))
+    return Work(target, tuple(requests), prefixes=tuple(prefixes), prompt_field="prompt")
 
 
 def _prompts(body: CompletionRequest, target: Target) -> list[str | tuple[int, ...]]:

@@ -38,7 +38,10 @@ class Target:
 
 
 class Roster:
-    """Models and assistants by name, the embedder's name, prompts and collections."""
+    """Models and assistants by name, the embedder's name, prompts and collections.
+
+    `embedder` is None when the settings' one is not in the store.
+    """
 
     def __init__(
         self,
@@ -47,8 +50,10 @@ class Roster:
         plans: Mapping[str, Plan],
         engines: Mapping[EngineConfig, Engine],
         retriever: Retriever,
+        embedder: str | None,
     ) -> None:
         self.settings = settings
+        self._embedder = embedder
         self.retriever = retriever
         self.engines = {plan.name: engines[plan.config] for plan in plans.values()}
         self._started = int(time.time())
@@ -60,18 +65,27 @@ class Roster:
         """The model or assistant; UnknownModel lists what there is."""
         if name in self._targets:
             return self._targets[name]
-        if name == self.settings.embedder.model:
+        if name in self._embedder_names():
             raise UnknownModel(name, "it embeds texts: use it with /v1/embeddings")
         close = difflib.get_close_matches(name, self._targets, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(self._targets)}"
         raise UnknownModel(name, hint)
 
     def embedder(self, name: str) -> str:
-        """The embedder's name, checked."""
-        known = self.settings.embedder.model
-        if name not in (known, Path(known).name):
-            raise UnknownModel(name, f"the embedding model here is {Path(known).name!r}")
-        return known
+        """The embedder that a name means, as the settings call it."""
+        long, short = self._embedder_names()
+        if self._embedder is None:
+            raise UnknownModel(
+                name, f"no embedder is here: `lq pull {short}` fetches one, then start the server again"
+            )
+        if name not in (long, short):
+            raise UnknownModel(name, f"the embedding model here is {short!r}")
+        return self._embedder
+
+    def _embedder_names(self) -> tuple[str, str]:
+        """Both names of the embedder: the settings', and without a folder in front."""
+        name = self.settings.embedder.model
+        return name, Path(name).name
 
     def prompt(self, name: str) -> Prompt:
         return template.load(name, folder=self._prompt_folder)
@@ -81,16 +95,15 @@ class Roster:
 
     def models(self) -> list[Model]:
         """Everything that has a name, the embedder last."""
-        embedder = Path(self.settings.embedder.model).name
         found = [self._describe(target) for target in self._targets.values()]
-        return [*found, Model(id=embedder, created=self._started, kind="embedding")]
+        if self._embedder is not None:
+            found.append(Model(id=Path(self._embedder).name, created=self._started, kind="embedding"))
+        return found
 
     def _target(self, name: str, plan: Plan, engine: Engine) -> Target:
         assistant = self.settings.assistants.get(name)
         if assistant is None:
             return Target(name, engine, plan)
-        if assistant.collection is not None:
-            self.retriever.check(assistant.collection)
         wanted = assistant.prompt or ("grounded" if assistant.collection else None)
         prompt = self.prompt(wanted) if wanted else None
         if prompt and prompt.uses_sources != bool(assistant.collection):

@@ -1,24 +1,32 @@
 """Everything that answers requests, opened together and closed together; HTTP lies above it."""
 
+import asyncio
 import hashlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
-from engine.request import Delta, Done, EngineError, EngineStats, Event
-from models.store import Store
+from engine.request import ContextOverflow, Delta, Done, EngineError, EngineStats, Event
+from models.errors import ModelsError
+from models.store import Store, UnknownModel
+from rag.errors import RagError
 from server import generate
 from server.auth import Hosts, Keys, read_keys
 from server.embedding import Embedder, EmbedderThread
-from server.engines import Start, plan, running
+from server.engines import Engine, Start, plan, running
+from server.errors import PromptTooLong, ServerError
 from server.grounding import Retriever
 from server.metrics import Metrics
 from server.roster import Roster
-from server.settings import Settings
+from server.settings import DEFAULT_EMBEDDER, Settings, SettingsError
 from server.work import Work
+
+#: An engine that has not told its figures by then is reported as down.
+STATS_S = 2.0
 
 
 @dataclass(slots=True)
@@ -36,27 +44,37 @@ class Service:
     def limit_bytes(self) -> int:
         return int(self.settings.server.max_body_mb * 2**20)
 
-    async def run(self, work: Work, started: float) -> AsyncIterator[tuple[int, Event]]:
+    async def run(self, work: Work, started: float) -> AsyncGenerator[tuple[int, Event], None]:
         """The events of a request, counted; `started` is when it came, by time.perf_counter."""
         name = work.target.name
         is_first = True
-        async for index, event in generate.events(work.target.engine, work.requests):
-            if is_first and isinstance(event, Delta):
-                is_first = False
-                self.metrics.first_token.labels(name).observe(time.perf_counter() - started)
-            if isinstance(event, Done):
-                self.metrics.count(name, event)
-            yield index, event
+        work.check()
+        async with aclosing(generate.events(work.target.engine, work.requests)) as events:
+            try:
+                async for index, event in events:
+                    if is_first and isinstance(event, Delta):
+                        is_first = False
+                        self.metrics.first_token.labels(name).observe(time.perf_counter() - started)
+                    if isinstance(event, Done):
+                        self.metrics.count(name, event)
+                    yield index, event
+            except ContextOverflow as error:
+                raise PromptTooLong(error, work.prompt_field) from None
 
     async def stats(self) -> dict[str, EngineStats | None]:
-        """Figures of every engine; None for one that does not answer."""
-        found: dict[str, EngineStats | None] = {}
-        for name, engine in self.roster.engines.items():
-            try:
-                found[name] = await engine.stats()
-            except EngineError:
-                found[name] = None
-        return found
+        """Figures of every engine, asked at once; None for one that is down or does not answer in time."""
+        engines = self.roster.engines
+        found = await asyncio.gather(*map(_stats, engines.values()))
+        return dict(zip(engines, found, strict=True))
+
+
+async def _stats(engine: Engine) -> EngineStats | None:
+    if not engine.alive:  # it would answer after its restart
+        return None
+    try:
+        return await asyncio.wait_for(engine.stats(), STATS_S)
+    except (EngineError, TimeoutError):
+        return None
 
 
 @asynccontextmanager
@@ -73,19 +91,45 @@ async def opened(
     `keys`: those that may ask, by default what the settings and the environment say.
     """
     keys = read_keys(settings) if keys is None else keys
+    hosts = Hosts(settings)
     store = store or Store.default()
     plans = plan(settings, store)
+    embedder = _stored_embedder(settings, store)
     embedders = EmbedderThread(
         load_embedder or _embedder_loader(store), max_queue=settings.embedder.max_queue
     )
     retriever = Retriever(store.root / "collections", embedders)
     try:
+        await _check_collections(settings, retriever)
         async with running(plans, start or _start_engine) as engines:
-            roster = Roster(settings, plans=plans, engines=engines, retriever=retriever)
-            yield Service(settings, roster, embedders, keys, Hosts(settings))
+            roster = Roster(settings, plans=plans, engines=engines, retriever=retriever, embedder=embedder)
+            yield Service(settings, roster, embedders, keys, hosts)
     finally:
         await embedders.close()
         retriever.close()
+
+
+def _stored_embedder(settings: Settings, store: Store) -> str | None:
+    """The embedder's name; None when the default is not in the store: nobody may have asked for it."""
+    name = settings.embedder.model
+    try:
+        store.resolve_embedder(name)
+    except UnknownModel as error:
+        if name != DEFAULT_EMBEDDER:
+            raise SettingsError(f"embedder.model: {error}") from None
+        return None
+    return name
+
+
+async def _check_collections(settings: Settings, retriever: Retriever) -> None:
+    """What every assistant answers from is there and can be searched."""
+    for name, assistant in settings.assistants.items():
+        if assistant.collection is not None:
+            try:
+                await retriever.check(assistant.collection)
+            except (ModelsError, RagError, ServerError) as error:
+                problem = f"its collection {assistant.collection!r} cannot be searched: {error}"
+                raise SettingsError(f"assistants.{name}: {problem}") from None
 
 
 async def _start_engine(config):
@@ -98,11 +142,13 @@ def _embedder_loader(store: Store) -> Callable[[str], Embedder]:
     def load(name: str) -> Embedder:
         from rag.embed import Embedder as LocalEmbedder
 
-        return LocalEmbedder.load(store.resolve_embedder(name), name=name)
+        path = store.resolve_embedder(name)
+        return LocalEmbedder.load(path, name=path.name if path.parent == store.models else str(path))
 
     return load
 
 
+@cache
 def fingerprint() -> str:
     """OpenAI's `system_fingerprint`: what, beside the seed, decides a repeatable answer."""
     parts = []

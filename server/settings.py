@@ -130,13 +130,28 @@ def complete(settings: Settings, where: str) -> Settings:
 
 
 def with_models(settings: Settings, models: dict[str, Model], **http: Any) -> Settings:
-    """The settings with models added and fields of [server] replaced (None keeps what is there)."""
+    """The settings with models added and fields of [server] replaced (None keeps what is there).
+
+    A model that the settings have already keeps its options; adapters given for it come on top.
+    """
     given = {key: value for key, value in http.items() if value is not None}
     server = msgspec.structs.replace(settings.server, **given)
-    merged = settings.models | models
+    merged = dict(settings.models)
+    for name, model in models.items():
+        merged[name] = _joined(name, merged[name], model) if name in merged else model
     if not merged:
         merged = {DEFAULT_MODEL: Model()}
     return complete(msgspec.structs.replace(settings, server=server, models=merged), "command line")
+
+
+def _joined(name: str, configured: Model, given: Model) -> Model:
+    here, there = given.model or name, configured.model or name
+    if here != name and Path(here).resolve() != Path(there).resolve():
+        raise SettingsError(
+            f"command line: {name!r} means {there} in the configuration file and {here} here: "
+            "leave one out, or rename the one in the file"
+        )
+    return msgspec.structs.replace(configured, lora=(*configured.lora, *given.lora))
 
 
 def _convert(values: Any, kind: type[T], place: str, path: Path) -> T:

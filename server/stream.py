@@ -16,7 +16,7 @@ from msgspec import UNSET
 from engine.request import Delta, Done, Event
 from server import answer
 from server.answer import Envelope
-from server.errors import describe
+from server.errors import logged
 from server.schema import chat, completion
 from server.schema.usage import Usage
 from server.work import Work
@@ -122,7 +122,12 @@ class TextFrames:
 
 
 async def body(
-    first: tuple[int, Event], events: Events, frames: ChatFrames | TextFrames, *, n_choices: int
+    first: tuple[int, Event],
+    events: Events,
+    frames: ChatFrames | TextFrames,
+    *,
+    n_choices: int,
+    request_id: str,
 ) -> AsyncGenerator[bytes, None]:
     """Every frame of an answer whose first event has come already."""
     done: dict[int, Done] = {}
@@ -139,7 +144,7 @@ async def body(
             except StopAsyncIteration:
                 break
     except Exception as error:  # the status is sent: tell it in the stream, where clients look for it
-        yield frame(describe(error).body())
+        yield frame(logged(error, request_id=request_id).body())
         return
     usage = answer.usage([done[index] for index in sorted(done)], n_choices=n_choices)
     yield frames.closing(usage) + DONE

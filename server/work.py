@@ -19,6 +19,18 @@ class Work:
     requests: tuple[GenerationRequest, ...]
     prefixes: tuple[str, ...] = ()  # text before each choice (echo)
     sources: list[Source] | None = None  # None: not grounded
+    prompt_field: str = "messages"  # where the request holds its prompt
+
+    def check(self) -> None:
+        """Raise BadRequest for more sequences than the engine takes even when nothing else runs."""
+        config = self.target.plan.config
+        room = config.n_parallel + config.max_queue
+        if len(self.requests) > room:
+            raise BadRequest(
+                f"n: prompts times choices make {len(self.requests)} sequences and the server takes {room} "
+                "at once: send fewer, or raise `max_queue` of the model in lq.toml",
+                param="n",
+            )
 
 
 def sampling(target: Target, body: GenerationFields, *, grammar: str | None) -> Sampling:

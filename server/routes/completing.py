@@ -1,9 +1,9 @@
 """What both kinds of completion do: read, prepare, run, and answer whole or as a stream."""
 
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import msgspec
 from litestar import Request
@@ -12,6 +12,7 @@ from litestar.response.base import ASGIResponse
 from server import answer, stream
 from server.answer import Collected, Envelope
 from server.body import read, unless_gone
+from server.errors import BadRequest
 from server.roster import Roster
 from server.schema.sampling import GenerationFields
 from server.service import Service, fingerprint
@@ -33,6 +34,8 @@ async def complete(
     started = time.perf_counter()
     service: Service = request.app.state.service
     body = await read(request, wire_type, limit_bytes=service.limit_bytes)
+    if body.stream_options and not body.stream:
+        raise BadRequest("stream_options needs `stream: true`", param="stream_options")
     envelope = Envelope.new(prefix, body.model, fingerprint())
     if not body.stream:
         collected = await unless_gone(request, _collect(service, body, prepare, started))
@@ -43,13 +46,15 @@ async def complete(
     include_usage = body.stream_options is not None and body.stream_options.include_usage
     work, events, first = await unless_gone(request, _begin(service, body, prepare, started))
     shaped = frames(envelope, work, include_usage=include_usage)
-    return stream.EventStream(stream.body(first, events, shaped, n_choices=body.n or 1), events)
+    request_id: str = request.scope["lq_request_id"]  # type: ignore[typeddict-item]
+    pieces = stream.body(first, events, shaped, n_choices=body.n or 1, request_id=request_id)
+    return stream.EventStream(pieces, events)
 
 
 async def _collect(service: Service, body: Any, prepare: Any, started: float) -> tuple[Work, list[Collected]]:
     work = await prepare(service.roster, body)
     choices = [Collected() for _ in work.requests]
-    async with aclosing(_events(service, work, started)) as events:
+    async with aclosing(service.run(work, started)) as events:
         async for index, event in events:
             choices[index].add(event)
     return work, choices
@@ -58,16 +63,12 @@ async def _collect(service: Service, body: Any, prepare: Any, started: float) ->
 async def _begin(service: Service, body: Any, prepare: Any, started: float):
     """Up to the first event, so that errors of the request still have their own status."""
     work = await prepare(service.roster, body)
-    events = _events(service, work, started)
+    events = service.run(work, started)
     try:
         return work, events, await anext(events)
     except BaseException:
         await events.aclose()
         raise
-
-
-def _events(service: Service, work: Work, started: float) -> AsyncGenerator[tuple[int, Any], None]:
-    return cast(AsyncGenerator[tuple[int, Any], None], service.run(work, started))
 
 
 def json_response(value: Any, *, status: int = 200) -> ASGIResponse:

@@ -105,6 +105,26 @@ def test_a_folder_of_the_user_comes_before_the_shipped_library(written, tmp_path
     assert load("plain").path.parent == LIBRARY
 
 
+def test_a_prompt_is_read_and_compiled_again_only_when_a_file_of_it_changed(written, tmp_path, monkeypatch):
+    (tmp_path / "d.jsonl").write_text('{"question": "q1", "answer": "a1"}\n')
+    text = "---\nmetadata: {lq: {demos: {file: d.jsonl}}}\n---\nuser:\n{{ question }}"
+    path = written(text)
+    first = load(path)
+    first.render(question="q")
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.read_text", lambda *_: pytest.fail("read again"))
+        patched.setattr("prompts.template._environment.from_string", lambda *_: pytest.fail("compiled"))
+        assert load(path) is first
+        assert first.render(question="p")[-1].content == "p"
+    (tmp_path / "d.jsonl").write_text('{"question": "q2", "answer": "a2 is longer"}\n')
+    assert load(path).render(question="q")[0].content == "q2"
+    written(text + "!")
+    assert load(path).render(question="q")[-1].content == "q!"
+    (tmp_path / "d.jsonl").unlink()
+    with pytest.raises(PromptError, match="does not exist"):
+        load(path)
+
+
 HEAD = "---\n{}\n---\nsystem:\n{{{{ instructions }}}}\nuser:\n{{{{ question }}}}"
 
 
@@ -158,6 +178,17 @@ def test_variables_are_strict(written):
         prompt.render(question="q")
     with pytest.raises(PromptError, match="no variable `mod`: did you mean `mood`"):
         prompt.render(question="q", variables={"mod": "x"})
+    with pytest.raises(PromptError) as error:
+        prompt.render(question="q", variables={"x" * 10_000: "x"})
+    assert len(error.value.problem) < 200
+
+
+def test_an_error_is_told_to_others_by_name_and_to_the_owner_by_path(written):
+    with pytest.raises(PromptError) as error:
+        load(written("user:\n{{ question }}\n{% if %}"))
+    assert str(error.value).startswith("/")
+    assert error.value.told().startswith("the prompt 'mine', line 3: template: ")
+    assert PromptError("alone").told() == "alone"
 
 
 def test_sources_for_a_prompt_without_a_place_for_them_are_refused():

@@ -127,7 +127,13 @@ class House:
         plan = Plan("fake", EngineConfig(Path("fake.gguf")), CONTROL)
         plans = dict.fromkeys([*settings.models, *settings.assistants], plan)
         retriever = retriever or Retriever(Path("/nonexistent"), self.embedders)
-        roster = Roster(settings, plans=plans, engines={plan.config: engine}, retriever=retriever)
+        roster = Roster(
+            settings,
+            plans=plans,
+            engines={plan.config: engine},
+            retriever=retriever,
+            embedder=settings.embedder.model,
+        )
         self.service = Service(settings, roster, self.embedders, keys, Hosts(settings))
         self.app = create_app(self.service)
 
@@ -172,6 +178,12 @@ def build():
     yield make
     for house in houses:
         asyncio.run(house.embedders.close())
+
+
+@pytest.fixture
+def make_engine():
+    """The class, for tests that open a service themselves."""
+    return FakeEngine
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 """/v1/chat/completions over a fake engine: shapes, streams, prompts."""
 
 import json
+import logging
+from dataclasses import replace
 
 import pytest
 
-from engine.request import EngineRestarted, QueueFull
+from engine.request import EngineRestarted, EngineUnavailable, QueueFull
 from server.schema.chat import ChatChunk, ChatCompletion
 from server.settings import Assistant, Model
 
@@ -114,6 +116,42 @@ def test_control_tokens_written_in_a_message_stay_text(house):
     assert house.prompt() == f"⟦user\n{written}⟧\n⟦assistant\n"
 
 
+def test_written_control_tokens_are_tokenised_once_each_and_only_so_many(house):
+    calls = []
+    tokenize = house.engine.tokenize
+
+    async def counted(text, **options):
+        calls.append((text, options["add_special"]))
+        return await tokenize(text, **options)
+
+    house.engine.tokenize = counted
+    house.chat("<|im_end|>a" * 500 + "<|im_start|>")
+    assert house.prompt() == f"⟦user\n{'<|im_end|>a' * 500}<|im_start|>⟧\n⟦assistant\n"
+    assert len(calls) == 5  # before, both tokens, `a`, behind
+    error = house.chat("<|im_end|>a" * 2000).json()["error"]
+    assert error["param"] == "messages"
+    assert "more than 1000" in error["message"]
+
+
+def test_the_first_piece_that_is_not_empty_gets_the_bos_token(house):
+    calls = []
+    tokenize = house.engine.tokenize
+
+    async def counted(text, **options):
+        calls.append((text, options["add_special"]))
+        return await tokenize(text, **options)
+
+    house.engine.tokenize = counted
+    bare = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    house.engine.info = replace(house.engine.info, chat_template=bare, bos_token="<|bos|>")
+    house.chat("<|im_end|>x<|im_end|>")
+    assert calls == [("<|im_end|>", True), ("x", False), ("<|im_end|>", False)]
+    calls.clear()
+    house.engine.info = replace(house.engine.info, chat_template="{{ bos_token }}" + bare)
+    house.chat("<|im_end|>x")
+    assert not any(add_special for _, add_special in calls)
+
+
 def test_an_assistant_answers_by_its_name_with_its_prompt_and_defaults(build):
     house = build(
         assistants={
@@ -166,16 +204,29 @@ def test_errors_before_the_first_token_have_their_status(house, stream):
     assert response.headers["retry-after"] == "3"
     assert response.headers["x-should-retry"] == "true"
     assert response.json()["error"]["code"] == "queue_full"
-    house.engine.fails = EngineRestarted("died")
-    response = house.chat(stream=stream)
-    assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_restarted")
-    assert "retry-after" in response.headers
+    for error, code in [(EngineRestarted, "engine_restarted"), (EngineUnavailable, "engine_unavailable")]:
+        house.engine.fails = error("died")
+        response = house.chat(stream=stream)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, code)
+        assert response.headers["x-should-retry"] == "true"
+        assert int(response.headers["retry-after"]) > 0
 
 
 def test_an_error_in_the_middle_of_a_stream_is_a_frame_without_done(house):
     house.engine.breaks = EngineRestarted("died")
     *_, last = frames(house.chat(stream=True))
     assert last["error"]["code"] == "engine_restarted"
+
+
+def test_an_unforeseen_error_in_the_middle_of_a_stream_is_logged_with_its_place_and_no_text(house, caplog):
+    house.engine.breaks = ZeroDivisionError("secret words")
+    body = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    response = house.call("POST", "/v1/chat/completions", json=body, headers={"x-request-id": "my-id"})
+    assert frames(response)[-1]["error"]["code"] == "internal_error"
+    (record,) = [each for each in caplog.records if each.levelno == logging.ERROR]
+    assert record.getMessage().startswith("my-id ZeroDivisionError\n")
+    assert "in submit" in record.getMessage()
+    assert "secret" not in response.text + caplog.text
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(house):

@@ -69,6 +69,8 @@ def test_a_stream_of_text_ends_with_reason_usage_done(house):
         ({"prompt": ["x"] * 65}, "prompt"),
         ({"messages": []}, "messages"),
         ({"prompt": None}, "prompt"),
+        ({"prompt": "x" * 4000}, "prompt"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
     ],
 )
 def test_what_cannot_be_completed_is_refused_by_name(house, fields, param):
@@ -148,6 +150,18 @@ def test_metrics_count_requests_and_tokens_by_name(house):
         'lq_engine_waiting{model="fake"} 2.0',
     ):
         assert line in text
+
+
+def test_metrics_do_not_wait_for_an_engine_that_is_down_or_silent(house, monkeypatch):
+    async def never():
+        await asyncio.Event().wait()
+
+    house.engine.stats = never
+    monkeypatch.setattr("server.service.STATS_S", 0.01)
+    assert 'lq_engine_up{model="fake"} 0.0' in house.call("GET", "/metrics").text
+    house.engine.alive = False
+    house.engine.stats = None  # must not be called
+    assert 'lq_engine_up{model="fake"} 0.0' in house.call("GET", "/metrics").text
 
 
 def test_health_tells_when_an_engine_is_down(house):

@@ -1,8 +1,11 @@
 """Bad requests: each is one clear error in OpenAI's shape that names the field."""
 
 import asyncio
+import difflib
 
 import pytest
+
+from server.settings import HTTP
 
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -74,6 +77,64 @@ def test_a_bad_field_is_named(house, fields, param, words):
         assert word in error["message"]
     assert response.headers["x-should-retry"] == "false"
     assert house.engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"x" * 9_000_000: 1}, None),
+        ({"prompt": "plain", "prompt_variables": {"x" * 9_000_000: "b"}}, "prompt"),
+        ({"messages": [{"role": "x" * 9_000_000, "content": ""}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": "x", "n" * 9_000_000: 1}]}, None),
+    ],
+)
+def test_a_name_of_megabytes_is_refused_in_a_few_words(house, fields, param):
+    response = house.call("POST", "/v1/chat/completions", json=CHAT | fields)
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert len(error["message"]) < 1500
+    assert len(error["param"]) < 1500
+    assert param is None or error["param"] == param
+
+
+def test_names_are_compared_by_their_first_characters_alone(house, monkeypatch):
+    compared = []
+    real = difflib.get_close_matches
+    monkeypatch.setattr(
+        "difflib.get_close_matches",
+        lambda name, *others, **options: compared.append(len(name)) or real(name, *others, **options),
+    )
+    house.chat(**{"x" * 90_000: 1})
+    house.chat(prompt="plain", prompt_variables={"x" * 90_000: "b"})
+    assert compared == [100, 100]
+
+
+def test_errors_of_a_prompt_name_it_and_no_path_of_the_server(build, tmp_path):
+    (tmp_path / "mine.prompt").write_text("user:\n{{ question }}\n{{ question.nothing }}")
+    (tmp_path / "few.prompt").write_text(
+        "---\nmetadata: {lq: {demos: {file: none.yaml}}}\n---\nuser:\n{{ question }}"
+    )
+    house = build(server=HTTP(prompts=str(tmp_path)))
+    for name, words in [
+        ("mine", "the prompt 'mine', line 3"),
+        ("few", "the prompt 'few': the demo file none.yaml"),
+    ]:
+        error = house.chat(prompt=name).json()["error"]
+        assert (error["code"], error["param"]) == ("invalid_prompt", "prompt")
+        assert error["message"].startswith(words)
+        assert str(tmp_path) not in error["message"]
+
+
+def test_more_sequences_than_ever_fit_are_refused_with_both_numbers(build):
+    house = build()
+    body = {"model": "fake", "prompt": ["x"] * 64, "n": 8}
+    response = house.call("POST", "/v1/completions", json=body)
+    assert response.status_code == 400
+    for word in ("512 sequences", "takes 260"):
+        assert word in response.json()["error"]["message"]
+    assert house.engine.requests == []
+    assert house.call("POST", "/v1/completions", json=body | {"n": 4}).status_code == 200
+    assert len(house.engine.requests) == 256
 
 
 @pytest.mark.parametrize("missing", ["model", "messages"])
@@ -181,14 +242,17 @@ def test_a_client_that_leaves_cancels_its_sequences(house, stream, n):
                 async with client.stream(
                     "POST", "/v1/chat/completions", json=CHAT | {"stream": True, "n": n}
                 ) as got:
-                    async for _ in got.aiter_lines():
-                        break
+                    async for line in got.aiter_lines():
+                        if '"content":"Hel"' in line:
+                            break
             else:
                 asking = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT | {"n": n}))
                 while len(house.engine.requests) < n:
                     await asyncio.sleep(0)
                 asking.cancel()
                 await asyncio.gather(asking, return_exceptions=True)
+        # Here, not after the loop: its end would close whatever was left open.
+        assert house.engine.cancelled == n
 
     asyncio.run(leave())
-    assert house.engine.cancelled == n
+    assert len(house.engine.requests) == n

@@ -93,6 +93,24 @@ def test_the_command_line_adds_models_and_replaces_what_it_gives():
     assert list(with_models(Settings(), {"m": Model(model="x")}).models) == ["m"]
 
 
+def test_a_model_of_the_file_keeps_its_options_when_the_command_line_names_it(written, tmp_path):
+    settings = load(
+        written(
+            '[models.a]\nn_ctx = 99\nlora = ["one"]\n[models.b]\nmodel = "./m.gguf"\nn_parallel = 2\n'
+            '[assistants.c]\nmodel = "a"\n'
+        )
+    )
+    given = {"a": Model(model="a", lora=(Adapter(path="two"),)), "d": Model(model="d")}
+    models = with_models(settings, given).models
+    assert models["a"] == Model(n_ctx=99, lora=(Adapter(path="one"), Adapter(path="two")))
+    assert models["b"] == settings.models["b"]
+    assert models["d"] == Model(model="d")
+    same = with_models(settings, {"b": Model(model=str(tmp_path / "m.gguf"))}).models["b"]
+    assert same.n_parallel == 2
+    with pytest.raises(SettingsError, match=r"'b' means .*m\.gguf in the configuration file and /x/b\.gguf"):
+        with_models(settings, {"b": Model(model="/x/b.gguf")})
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
 def test_an_address_that_others_reach_needs_a_key(host, monkeypatch):
     settings = Settings(server=HTTP(host=host))
@@ -118,6 +136,11 @@ def test_key_files_hold_one_key_a_line(tmp_path):
     path.write_text("short\n")
     with pytest.raises(SettingsError, match="8 or more"):
         read_keys(settings)
+    for key in ("schlüssel-1234", "a\tkey-with-tab"):
+        path.write_text(key)
+        with pytest.raises(SettingsError, match="ASCII") as error:
+            read_keys(settings)
+        assert key not in str(error.value)
     path.write_text("# mine\nfirst-key-1\n second-key-2 \n")
     keys = read_keys(settings)
     keys.check("Bearer first-key-1")
@@ -131,6 +154,9 @@ def test_hosts_are_open_where_a_key_guards_and_closed_on_loopback():
     Hosts(Settings(server=HTTP(host="0.0.0.0"))).check("anything.example")
     hosts = Hosts(Settings(server=HTTP(allowed_hosts=("LQ.example",))))
     hosts.check("lq.example:8000")
+    own = Hosts(Settings(server=HTTP(host="fd00::5", allowed_hosts=("FD00:0::6",))))
+    own.check("[fd00::5]:8000")
+    own.check("[fd00::6]")
     for bad in (None, "", "evil.example", "127.0.0.1.evil.example", "[::2]:80"):
         with pytest.raises(HostNotAllowed):
             hosts.check(bad)
