@@ -4,8 +4,10 @@ Knows which source fetches what; nothing of names, locks or manifests.
 """
 
 import difflib
+from collections.abc import Sequence
 
 from models.catalog import catalog
+from models.manifest import FileRecord
 from models.reference import (
     HubReference,
     InvalidReference,
@@ -33,6 +35,16 @@ def parsed(text: str) -> Reference:
 def source_of(reference: Reference) -> str:
     """How a manifest spells where an entry came from."""
     return f"file:{reference.path}" if isinstance(reference, LocalReference) else reference.text
+
+
+def changed(reference: Reference, records: Sequence[FileRecord]) -> bool:
+    """Whether a path on this machine holds something else than was stored of it; what is pinned or gone, or
+    lies elsewhere, counts as unchanged."""
+    from models.sources import local
+
+    if not isinstance(reference, LocalReference) or not reference.path.exists():
+        return False
+    return local.changed(reference, records)
 
 
 def fetch(reference: Reference, stage: Stage, progress: Progress) -> Fetched:

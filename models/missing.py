@@ -1,4 +1,4 @@
-"""What is raised when a name is not what was asked for, with the nearest that is.
+"""What is raised when a name is not, or holds not, what was asked for, with the nearest that does.
 
 Knows the catalogue, to say what could be pulled; never touches the disk.
 """
@@ -33,6 +33,16 @@ class NameTaken(ModelsError):
         super().__init__(
             f"the store already holds {name!r}, from {source}; give another name with --name, "
             f"or remove it first with `lq rm {name}`"
+        )
+
+
+class ContentChanged(ModelsError):
+    """The path that an entry was copied from holds something else by now."""
+
+    def __init__(self, name: str, source: str) -> None:
+        super().__init__(
+            f"{source.removeprefix('file:')} has changed since it was stored as {name!r}, which is still the "
+            f"old content; remove that first with `lq rm {name}`, or give another name with --name"
         )
 
 

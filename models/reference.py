@@ -156,6 +156,12 @@ def _parse_package(text: str, rest: str) -> PackageReference:
     sha256 = options.get("sha256")
     if sha256 is not None and not _SHA256.fullmatch(sha256):
         raise InvalidReference(text, f"sha256={sha256} is not 64 lower-case hex digits")
+    one_file = match["member"] is None or "file" in options or match["member"].endswith(".gguf")
+    if sha256 is not None and not one_file:
+        raise InvalidReference(
+            text,
+            f"sha256 pins one .gguf file, and {match['member']!r} is none; leave it out, or add file=NAME",
+        )
     parts = package_parts(text, match["package"], match["version"], match["member"])
     file = check_name(options["file"]) if "file" in options else None
     if len(parts) > 1 and file is None:

@@ -39,12 +39,22 @@ class Stage:
         self.work.mkdir(exist_ok=True)
         note.write_text(source, "utf-8")
 
+    def pin(self, revision: str) -> None:
+        """Keep what an interrupted pull left of this revision of the source; drop what is of another."""
+        note = self.work / "revision"
+        if not (note.exists() and note.read_text("utf-8") == revision):
+            shutil.rmtree(self.content)
+            self.content.mkdir()
+        note.write_text(revision, "utf-8")
+
     def publish(self, target: Path) -> None:
-        """Make the content durable and visible as `target` in one step."""
+        """Make the content durable and visible as `target` in one step, in place of what was there."""
         target.parent.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.content.rglob("*")):
             sync(path)
         sync(self.content)
+        if target.exists():
+            target.rename(self.folder / "replaced")
         self.content.rename(target)
         sync(target.parent)
         shutil.rmtree(self.folder)

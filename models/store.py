@@ -15,15 +15,17 @@ import platformdirs
 
 from models import kinds, manifest
 from models.catalog import CatalogEntry, catalog
-from models.fetch import fetch, parsed, source_of
+from models.fetch import changed, fetch, parsed, source_of
 from models.gguf import read_header
 from models.manifest import BrokenManifest, FileRecord, Kind, Manifest
-from models.missing import NameTaken, UnknownModel, WrongKind
-from models.reference import LocalReference, check_name
+from models.missing import ContentChanged, NameTaken, UnknownModel, WrongKind
+from models.reference import LocalReference, Reference, check_name
 from models.source import Fetched, Progress, disk_errors, sha256_of, silent
 from models.staging import Stage, locked
 
-__all__ = ["Entry", "Manifest", "NameTaken", "Progress", "Store", "UnknownModel", "WrongKind"]
+__all__ = [
+    "ContentChanged", "Entry", "Manifest", "NameTaken", "Progress", "Store", "UnknownModel", "WrongKind",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +92,16 @@ class Store:
         return Entry(folder, manifest.read(folder))
 
     def pull(self, reference: str, *, name: str | None = None, progress: Progress | None = None) -> Entry:
-        """Fetch a reference into the store; what is there already is not fetched again."""
+        """Fetch a reference into the store; what is there already is not fetched again.
+
+        Raises ContentChanged where a path holds something else than it did when it was stored.
+        """
         listed = catalog().get(reference)
         target = parsed(reference)
         name = check_name(name or (listed.name if listed else target.default_name))
         return self._put(
             name,
+            target,
             source_of(target),
             lambda stage, report: fetch(target, stage, report),
             listed=listed,
@@ -111,9 +117,13 @@ class Store:
         source: str | None = None,
         revision: str | None = None,
         licence: str | None = None,
+        replace: bool = False,
         progress: Progress | None = None,
     ) -> Entry:
-        """Copy a file or folder of this machine into the store, noting where it came from."""
+        """Copy a file or folder of this machine into the store, noting where it came from.
+
+        `replace`: an entry of the same source that has other content by now gives way.
+        """
         local = LocalReference(str(path), Path(path).expanduser().absolute())
         source = source or source_of(local)
 
@@ -122,7 +132,7 @@ class Store:
             return Fetched(source, revision, licence)
 
         target = check_name(name or local.default_name)
-        return self._put(target, source, copy, kind=kind, progress=progress or silent)
+        return self._put(target, local, source, copy, kind=kind, replace=replace, progress=progress or silent)
 
     def remove(self, name: str) -> None:
         """Delete an entry, or what an interrupted pull of that name left."""
@@ -181,10 +191,12 @@ class Store:
     def _put(
         self,
         name: str,
+        reference: Reference,
         source: str,
         bring: Callable[[Stage, Progress], Fetched],
         *,
         kind: Kind | None = None,
+        replace: bool = False,
         listed: CatalogEntry | None = None,
         progress: Progress,
     ) -> Entry:
@@ -192,7 +204,11 @@ class Store:
         stage, target = Stage(self.pulls / name), self.models / name
         with disk_errors(self.root), locked(self._lock(name), what=name, progress=progress):
             if target.exists():
-                return self._existing(name, source)
+                entry = self._existing(name, source)
+                if not changed(reference, entry.manifest.files):
+                    return entry
+                if not replace:
+                    raise ContentChanged(name, source)
             stage.prepare(source)
             fetched = bring(stage, progress)
             found = kind or kinds.detect(stage.content)

@@ -81,7 +81,7 @@ def quantize(
         bool, typer.Option("--allow-requantize", help="Accept a quantized GGUF as source; off by default.")
     ] = False,
     to_store: Annotated[
-        bool, typer.Option("--store", help="Also add the files to the store, as NAME-TYPE; off by default.")
+        bool, typer.Option("--store", help="Also put the files into the store, as NAME-TYPE; off by default.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print report.json on stdout; off by default.")
@@ -134,7 +134,7 @@ def _store(store, report: Report, settings: Settings, progress: Progress) -> Non
     for file in report.files:
         path = settings.out / file.file
         name = f"{report.source.name}-{file.type}".lower()
-        store.add(path, name=name, licence=report.source.licence, progress=progress)
+        store.add(path, name=name, licence=report.source.licence, replace=True, progress=progress)
 
 
 def _show(report: Report, out: Path) -> None:

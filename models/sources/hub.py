@@ -34,6 +34,7 @@ def fetch(reference: HubReference, stage: Stage, progress: Progress) -> Fetched:
     progress(f"asking the hub for {reference.repo}", 0, None)
     listing = _explained(reference, lambda: _list(reference))
     names = choose(reference, listing.sizes)
+    stage.pin(listing.commit)  # or a branch that moved between two runs would leave files of two commits
     sizes = {name: listing.sizes[name] or 0 for name in names}
     _check_space(reference, listing.commit, sizes)
     done, total = 0, sum(sizes.values())

@@ -4,11 +4,13 @@ Copied, never linked: an original that is edited later must not change what the 
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from models.kinds import refuse_pickles, wanted
+from models.manifest import FileRecord
 from models.reference import LocalReference
-from models.source import PICKLE_SUFFIXES, Fetched, FetchFailed, Progress
+from models.source import PICKLE_SUFFIXES, Fetched, FetchFailed, Progress, sha256_of
 from models.staging import Stage
 
 _CHUNK_BYTES = 8 << 20
@@ -22,6 +24,15 @@ def fetch(reference: LocalReference, stage: Stage, progress: Progress) -> Fetche
     for name, path in files.items():
         done = _copy(path, stage.content / name, done, total, progress)
     return Fetched(source=f"file:{reference.path}")
+
+
+def changed(reference: LocalReference, records: Sequence[FileRecord]) -> bool:
+    """Whether the path's files are others than the records say; content is read where all sizes agree."""
+    files = _files(reference.path)
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    if sizes != {record.path: record.size_bytes for record in records}:
+        return True
+    return any(sha256_of(files[record.path]) != record.sha256 for record in records)
 
 
 def _files(path: Path) -> dict[str, Path]:

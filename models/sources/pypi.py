@@ -53,6 +53,8 @@ def _selection(reference: PackageReference, part: PackagePart, names: list[str])
     member = part.member.strip("/")
     if member in names:
         return {member: reference.file or PurePosixPath(member).name}
+    if reference.sha256 or reference.file:
+        raise _no_member(part, names, f"it holds no file {member!r}, and sha256= and file= are about one")
     inside = [name.removeprefix(member + "/") for name in names if name.startswith(member + "/")]
     if inside and not reference.files:
         refuse_pickles(reference.text, inside)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -172,6 +173,31 @@ def test_an_interrupted_pull_keeps_the_files_it_has(server, store, monkeypatch):
     monkeypatch.setattr(hub, "_download", original)
     store.pull("hf:org/name")
     assert [name for name, _ in server.asked].count("model.safetensors") == 1
+
+
+def test_a_branch_that_moved_while_a_pull_was_interrupted_leaves_no_file_of_the_old_commit(
+    server, store, monkeypatch
+):
+    server.repositories["org/name"] = CHECKPOINT | {"gone.json": b"{}"}
+    original = hub._download
+
+    def interrupting(reference, commit, name, meter):
+        if name == "tokenizer.json":
+            raise KeyboardInterrupt
+        return original(reference, commit, name, meter)
+
+    monkeypatch.setattr(hub, "_download", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        store.pull("hf:org/name")
+    monkeypatch.setattr(hub, "_download", original)
+    moved = "f" * 40
+    monkeypatch.setattr(sys.modules[__name__], "COMMIT", moved)
+    config = b'{"architectures": ["LlamaForCausalLM"], "hidden_size": 8}'
+    server.repositories["org/name"] = CHECKPOINT | {"config.json": config}
+    entry = store.pull("hf:org/name")
+    assert entry.manifest.revision == moved
+    assert (entry.path / "config.json").read_bytes() == config
+    assert not (entry.path / "gone.json").exists()
 
 
 def test_offline_mode_reads_the_cache(server, store, tmp_path, monkeypatch):

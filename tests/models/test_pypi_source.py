@@ -10,6 +10,7 @@ import pytest
 
 from models.gguf import InvalidGGUF
 from models.kinds import NotAModel
+from models.reference import InvalidReference
 from models.source import DiskFull, FetchFailed
 from models.sources import pip
 from models.store import NameTaken, Store
@@ -211,6 +212,19 @@ def test_a_folder_of_a_wheel_cannot_write_outside_the_store(mirror, store, tmp_p
     with pytest.raises(NotAModel, match="no model found"):
         store.pull("pypi:evil==1.0#evil/m")
     assert not list(tmp_path.rglob("out.json"))
+
+
+def test_a_pinned_hash_is_about_one_file_and_no_folder(mirror, store, monkeypatch):
+    wheel(mirror, "tiny-model", {"tiny_model/m.gguf/config.json": b"{}", "tiny_model/m.gguf/x.json": b"{}"})
+    with pytest.raises(FetchFailed, match=r"holds no file 'tiny_model/m\.gguf', and sha256= and file="):
+        store.pull("pypi:tiny-model==1.0#tiny_model/m.gguf?sha256=" + "0" * 64)
+
+    def never(*_):
+        raise AssertionError("it was downloaded")
+
+    monkeypatch.setattr(pip, "_run", never)
+    with pytest.raises(InvalidReference, match=r"sha256 pins one \.gguf file, and 'tiny_model/m' is none"):
+        store.pull("pypi:tiny-model==1.0#tiny_model/m?sha256=" + "0" * 64)
 
 
 def test_a_folder_of_pickles_is_refused(mirror, store):

@@ -74,6 +74,7 @@ def test_paths_parse_to_local_references(tmp_path, monkeypatch):
         "pypi:name>=1#x",
         "pypi:name==1#x?sha256=zz",
         "pypi:name==1#x?colour=red",
+        f"pypi:name==1#folder?sha256={'0' * 64}",
         "pypi:p{1..3}==1#a/{n}.bin",
         "pypi:p{1..3}==1#a/x.bin?file=f",
         "pypi:p{3..1}==1#a/{n}.bin?file=f",
