@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import os
 import sys
@@ -13,6 +14,10 @@ import typer
 
 if TYPE_CHECKING:
     import httpx
+
+
+#: Tokens that the answer of a model may have; an assistant has a limit of its own, or none.
+ANSWER_TOKENS = 512
 
 
 class AskError(Exception):
@@ -59,8 +64,13 @@ def ask(
         typer.Option(metavar="FILE", help="Configuration file that names the assistant; none by default."),
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Tokens that the answer may have.")
-    ] = 512,
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Tokens that the answer may have; an assistant's own number, or 512, by default.",
+        ),
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(metavar="T", min=0, max=2, help="0 to 2, 0 always takes the likeliest; 0.8 by default."),
@@ -95,12 +105,12 @@ async def _ask_server(url: str, body: dict[str, Any], as_json: bool) -> None:
     headers = {"authorization": f"Bearer {key}"} if key else {}
     base = url.rstrip("/").removesuffix("/v1")
     try:
-        async with httpx.AsyncClient(base_url=base, headers=headers, timeout=None) as client:
-            if "model" not in body:
-                listed = await client.get("/v1/models")
-                await _check(listed)
-                body["model"] = listed.json()["data"][0]["id"]
-            await _answer(client, body, as_json)
+        # A proxy of the environment reaches other machines; it does not reach this one.
+        by_environment = not _is_loopback(httpx.URL(base).host)
+        async with httpx.AsyncClient(
+            base_url=base, headers=headers, timeout=None, trust_env=by_environment
+        ) as client:
+            await _answer(client, await _completed(client, body), as_json)
     except (httpx.TransportError, httpx.InvalidURL) as error:
         raise AskError(
             f"no server answers at {url}: {error or type(error).__name__}; is it running?"
@@ -119,18 +129,39 @@ async def _ask_here(config: Path | None, body: dict[str, Any], as_json: bool) ->
 
     settings = _settings(config, body)
     async with (
-        opened(settings, keys=Keys(()), store=stocked(settings)) as service,
+        opened(settings, keys=Keys(()), store=stocked(settings, with_embedder=False)) as service,
         httpx.AsyncClient(
             transport=InProcess(create_app(service)), base_url=BASE_URL, timeout=None
         ) as client,
     ):
-        await _answer(client, body, as_json)
+        await _answer(client, await _completed(client, body), as_json)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def _completed(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
+    """The body with what the server's list of models decides: the first of it, the answer's length."""
+    response = await client.get("/v1/models")
+    await _check(response)
+    try:
+        kinds = {model["id"]: model.get("kind") for model in response.json()["data"]}
+        name = body.get("model") or next(iter(kinds))
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
+        raise AskError("the server lists no models as OpenAI's API does; check the URL") from None
+    limit = {} if kinds.get(name) == "assistant" else {"max_tokens": ANSWER_TOKENS}
+    return limit | body | {"model": name}
 
 
 def _settings(config: Path | None, body: dict[str, Any]):
-    """Only the model or assistant that is asked, so that no other is loaded; completes body["model"]."""
-    import msgspec
+    """Only the model or assistant that is asked, so that no other is loaded; completes body["model"].
 
+    Nobody embeds through `lq ask`, so the file's embedder need not be there; a collection brings its own.
+    """
     from lq.commands.serve import name_of
     from server.settings import DEFAULT_MODEL, HTTP, Model, Settings, load, with_models
 
@@ -140,7 +171,7 @@ def _settings(config: Path | None, body: dict[str, Any]):
     base = assistants[name].model if assistants else name
     models = {base: settings.models[base]} if base in settings.models else {}
     http = HTTP(prompts=_prompt_folder(body) or settings.server.prompts)
-    settings = msgspec.structs.replace(settings, server=http, models=models, assistants=assistants)
+    settings = Settings(server=http, models=models, assistants=assistants)
     if models:
         return with_models(settings, {})
     body["model"] = name_of(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 COLLECTION = "demo-handbook"
 MODEL = "smollm2-135m-instruct"
 EMBEDDER = "all-minilm-l6-v2"
-#: The documents lie beside the packages in a checkout, inside this one in an installed wheel.
-EXAMPLES = (Path(__file__).parents[2] / "examples", Path(__file__).parents[1] / "examples")
+#: The documents lie beside the packages in a checkout, and below the environment where an image put them.
+EXAMPLES = (Path(__file__).parents[2] / "examples", Path(sys.prefix) / "share" / "lq" / "examples")
+#: Seconds that the one answer may take.
+ANSWER_S = 300
 
 
 class DemoFailed(Exception):
@@ -61,7 +64,7 @@ def demo(
     report = indexed(store, examples / "handbook")
     print(f"indexed {report.chunks} passages of {len(list((examples / 'handbook').iterdir()))} documents")
     settings = with_models(Settings(server=HTTP(port=port)), {MODEL: model})
-    outcome: list[DemoFailed] = []
+    outcome: list[Exception] = []
 
     def ready(url: str, _service: Any) -> None:
         threading.Thread(target=answer_and_go_on, args=(url, question, once, outcome), daemon=True).start()
@@ -76,7 +79,8 @@ def example_folder() -> Path:
     for folder in EXAMPLES:
         if (folder / "handbook").is_dir():
             return folder
-    raise DemoFailed(f"the example documents are not at {EXAMPLES[0]}; run the demo from a checkout of lq")
+    looked = " nor ".join(map(str, EXAMPLES))
+    raise DemoFailed(f"the example documents are neither at {looked}; run the demo from a checkout of lq")
 
 
 def prepared_model(store: Store) -> Model:
@@ -120,14 +124,18 @@ def demo_question(examples: Path) -> Question:
     return Question(entry["question"], entry["answer"], entry["file"])
 
 
-def answer_and_go_on(url: str, question: Question, once: bool, outcome: list[DemoFailed]) -> None:
-    """Ask and print; then say how to go on, or end the process's serving."""
+def answer_and_go_on(url: str, question: Question, once: bool, outcome: list[Exception]) -> None:
+    """Ask, print and check; then say how to go on, or end the process's serving."""
     try:
         print(f"\nquestion  {question.question}", flush=True)
-        show(ask(url, question.question))
-        if not once:
+        print("          reading the passages that were found; a CPU takes up to half a minute", flush=True)
+        completion = ask(url, question.question)
+        show(completion)
+        if once:
+            check(completion, question)
+        else:
             print(how_to_go_on(url, question.question), flush=True)
-    except DemoFailed as error:
+    except Exception as error:  # the main thread raises it: here it would end this thread and nothing else
         outcome.append(error)
     if once or outcome:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -148,10 +156,25 @@ def ask(url: str, question: str) -> dict[str, Any]:
     }
     started = time.perf_counter()
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    response = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=300)
+    try:
+        # Not through a proxy of the environment, which does not reach this machine.
+        with httpx.Client(headers=headers, timeout=ANSWER_S, trust_env=False) as client:
+            response = client.post(f"{url}/v1/chat/completions", json=body)
+    except httpx.TransportError as error:
+        raise DemoFailed(f"no answer came: {error or type(error).__name__}") from None
     if response.status_code != 200:
         raise DemoFailed(f"the server answered {response.status_code}: {response.text[:500]}")
     return response.json() | {"seconds": time.perf_counter() - started}
+
+
+def check(completion: dict[str, Any], question: Question) -> None:
+    """Raise DemoFailed unless the answer is right and rests on the file that says so."""
+    message = completion["choices"][0]["message"]
+    if question.answer.casefold() not in message["content"].casefold():
+        raise DemoFailed(f"the answer does not hold {question.answer!r}, which {question.file} says")
+    files = [source["file"] for source in message["sources"]]
+    if not any(Path(file).name == question.file for file in files):
+        raise DemoFailed(f"{question.file} is not among the sources: {', '.join(files) or 'there are none'}")
 
 
 def show(completion: dict[str, Any]) -> None:

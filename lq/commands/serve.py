@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from models.store import Store
     from server.settings import Model, Settings
 
 
@@ -71,7 +73,7 @@ def serve(
     key_file = str(api_key_file) if api_key_file else None
     settings = with_models(settings, named, host=host, port=port, api_key_file=key_file)
     settings = with_engine_options(settings, n_ctx=n_ctx, n_parallel=n_parallel, threads=threads)
-    serve_settings(settings, store=stocked(settings))
+    serve_settings(settings, store=stocked(settings, with_embedder=True))
 
 
 def named_models(references: list[str], lora: list[str]) -> dict[str, Model]:
@@ -109,17 +111,33 @@ def with_engine_options(settings: Settings, **options: int | None) -> Settings:
     return msgspec.structs.replace(settings, models=models)
 
 
-def stocked(settings: Settings):
-    """The store, after the embedded default was pulled into it if it is asked for and not there yet."""
+def stocked(settings: Settings, *, with_embedder: bool) -> Store:
+    """The store, after the embedded defaults that the settings ask for were pulled into it.
+
+    Without its model nothing can be served. Without the embedder everything but /v1/embeddings can, so that a
+    pull of it that fails, at a site without a network, is told and no more.
+    """
+    from models.errors import ModelsError
     from models.store import Store
-    from server.settings import DEFAULT_MODEL
+    from server.settings import DEFAULT_EMBEDDER, DEFAULT_MODEL
 
     store = Store.default()
     model = settings.models.get(DEFAULT_MODEL)
-    wanted = model is not None and model.model in (None, DEFAULT_MODEL)
-    if wanted and DEFAULT_MODEL not in {entry.name for entry in store.entries()}:
+    if model is not None and model.model in (None, DEFAULT_MODEL):
+        _pulled(store, DEFAULT_MODEL)
+    if with_embedder and settings.embedder.model == DEFAULT_EMBEDDER:
+        try:
+            _pulled(store, DEFAULT_EMBEDDER)
+        except (ModelsError, OSError) as error:
+            reason = " ".join(str(error).split())
+            print(f"warning: /v1/embeddings is not served: {reason}", file=sys.stderr, flush=True)
+    return store
+
+
+def _pulled(store: Store, name: str) -> None:
+    """Pull a catalogue name that is not in the store yet."""
+    if name not in {entry.name for entry in store.entries()}:
         from lq.progress import transfer_progress
 
         with transfer_progress() as progress:
-            store.pull(DEFAULT_MODEL, progress=progress)
-    return store
+            store.pull(name, progress=progress)

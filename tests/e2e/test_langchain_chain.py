@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import openai
+import pytest
 from langchain_core.documents import Document
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
@@ -46,3 +48,7 @@ def test_embeddings_of_texts_pass_and_those_of_token_ids_are_told_how(served):
     fields = {"base_url": f"{served.url}/v1", "api_key": SecretStr(served.key), "model": "all-minilm-l6-v2"}
     vector = OpenAIEmbeddings(**fields, check_embedding_ctx_length=False).embed_query("a boat")
     assert len(vector) == 384
+    with openai.OpenAI(base_url=fields["base_url"], api_key=served.key) as client:
+        for tokens in ([64, 9284], [[64, 9284], [1]]):  # LangChain's default sends the second
+            with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False"):
+                client.embeddings.create(model="all-minilm-l6-v2", input=tokens)

@@ -142,5 +142,9 @@ def test_starts_that_cannot_work_end_with_one_clear_line(start_failing, tmp_path
     bad = tmp_path / "lq.toml"
     bad.write_text("[server]\nprot = 1\n")
     assert "did you mean `port`" in start_failing("--config", str(bad))
+    bad.write_text('[embedder]\nmodel = "nope"\n')
+    assert "embedder.model: no model named 'nope'" in start_failing("--config", str(bad))
+    bad.write_text('[server]\nallowed_hosts = ["lq.example:8000"]\n')
+    assert "server.allowed_hosts: 'lq.example:8000'" in start_failing("--config", str(bad))
     bad.write_text('[assistants.a]\nmodel = "smollm2-135m-instruct"\ncollection = "nope"\n')
     assert "no collection 'nope'" in start_failing("--config", str(bad))

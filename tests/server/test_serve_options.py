@@ -1,0 +1,119 @@
+"""Options of `lq serve` -> settings, and what is pulled before it starts."""
+
+import pytest
+import typer
+
+from lq.commands import serve
+from lq.commands.serve import name_of, named_models, stocked, with_engine_options
+from models.errors import ModelsError
+from models.store import Store
+from server.settings import Adapter, Embedder, Model, Settings, with_models
+
+SMOL = "smollm2-135m-instruct"
+MINILM = "all-minilm-l6-v2"
+
+
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [
+        (SMOL, SMOL),
+        ("qwen2.5-coder", "qwen2.5-coder"),
+        ("/models/My Model.gguf", "My-Model"),
+        ("./smol.Q8_0.gguf", "smol.Q8_0"),
+        ("smol.gguf", "smol"),
+        ("/models/-.odd.gguf", "odd"),
+        ("/models/.gguf", "model"),
+        ("모델.gguf", "모델"),
+    ],
+)
+def test_a_model_is_called_by_its_store_name_or_its_file(reference, name):
+    assert name_of(reference) == name
+    with_models(Settings(), {name: Model(model=reference)})  # is a name that the settings take
+
+
+def test_models_of_the_command_line_have_their_names_and_the_adapters_of_one():
+    assert named_models([], []) == {}
+    assert named_models(["a", "x/b.gguf"], []) == {"a": Model(model="a"), "b": Model(model="x/b.gguf")}
+    adapters = (Adapter(path="one"), Adapter(path="two"))
+    assert named_models(["a"], ["one", "two"]) == {"a": Model(model="a", lora=adapters)}
+    assert named_models([], ["one"]) == {SMOL: Model(model=SMOL, lora=adapters[:1])}
+
+
+def test_what_is_ambiguous_on_the_command_line_is_wrong_usage():
+    with pytest.raises(typer.BadParameter, match="two models would be called 'a'"):
+        named_models(["a", "x/a.gguf"], [])
+    with pytest.raises(typer.BadParameter, match="whose adapter"):
+        named_models(["a", "b"], ["one"])
+
+
+def test_engine_options_are_set_for_every_model_and_only_when_given():
+    settings = Settings(models={"a": Model(n_ctx=99), "b": Model(threads=3)})
+    changed = with_engine_options(settings, n_ctx=None, n_parallel=2, threads=7)
+    assert changed.models == {
+        "a": Model(n_ctx=99, n_parallel=2, threads=7),
+        "b": Model(n_parallel=2, threads=7),
+    }
+    assert with_engine_options(settings, n_ctx=None, n_parallel=None, threads=None) == settings
+
+
+@pytest.fixture
+def pulled(monkeypatch, tmp_path):
+    """Names that would be pulled into an empty store; those in `pulled.fails` raise."""
+
+    class Pulled(list):
+        fails: frozenset[str] = frozenset()
+
+    names = Pulled()
+
+    def pull(_store, name, **_):
+        names.append(name)
+        if name in names.fails:
+            raise ModelsError(f"{name} cannot be fetched")
+
+    monkeypatch.setenv("LQ_HOME", str(tmp_path))
+    monkeypatch.setattr(Store, "pull", pull)
+    return names
+
+
+def test_the_default_model_and_embedder_are_pulled_where_they_are_asked_for(pulled):
+    default = with_models(Settings(), {})
+    stocked(default, with_embedder=True)
+    assert pulled == [SMOL, MINILM]
+    pulled.clear()
+    stocked(default, with_embedder=False)
+    assert pulled == [SMOL]
+    pulled.clear()
+    other = Settings(models={"mine": Model(model="x.gguf")}, embedder=Embedder(model="mine"))
+    stocked(other, with_embedder=True)
+    assert pulled == []
+
+
+def test_what_is_in_the_store_is_not_pulled_again(pulled, asset_home, monkeypatch):
+    monkeypatch.setenv("LQ_HOME", str(asset_home))
+    assert stocked(with_models(Settings(), {}), with_embedder=True).root == asset_home
+    assert pulled == []
+
+
+def test_without_a_network_the_server_starts_without_its_embedder_but_not_without_its_model(pulled, capsys):
+    pulled.fails = {MINILM}
+    stocked(with_models(Settings(), {}), with_embedder=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line == f"warning: /v1/embeddings is not served: {MINILM} cannot be fetched"
+    pulled.fails = {SMOL}
+    with pytest.raises(ModelsError):
+        stocked(with_models(Settings(), {}), with_embedder=True)
+
+
+def test_the_command_pulls_both_and_serves_what_it_was_told(pulled, monkeypatch, tmp_path):
+    served = []
+    monkeypatch.setattr("server.run.serve", lambda settings, *, store: served.append((settings, store)))
+    (tmp_path / "lq.toml").write_text(f'[models."{SMOL}"]\nn_ctx = 77\nlora = ["own"]\n')
+    serve.serve(models=[SMOL], config=tmp_path / "lq.toml", port=9, threads=3, lora=["more"])
+    ((settings, store),) = served
+    assert pulled == [SMOL, MINILM]
+    assert store.root == tmp_path
+    lora = (Adapter(path="own"), Adapter(path="more"))
+    assert settings.models == {SMOL: Model(n_ctx=77, threads=3, lora=lora)}
+    assert settings.server.port == 9
