@@ -16,9 +16,6 @@ from engine import wire
 from engine.request import EngineConfig, EngineInfo, ModelLoadFailed
 
 STOP_S = 5.0  # the process gets this long to end by itself
-#: How long llama.cpp's threads spin before they sleep. Measured with 2 threads on 2 cores, tokens/s: on a
-#: quiet machine 137 (OpenMP's own default 119, no spinning 60), beside other busy processes 29 (default 8).
-SPIN_COUNT = "1000"
 _STDERR_KEPT = 4000  # bytes of the process's last words
 
 
@@ -142,6 +139,6 @@ async def _spawn(theirs: socket.socket) -> asyncio.subprocess.Process:
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
-        env={"GOMP_SPINCOUNT": SPIN_COUNT} | os.environ | {"PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"},
+        env=os.environ | {"PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"},
         start_new_session=True,  # Ctrl-C in the terminal is for the server, which then closes us
     )  # fmt: skip
