@@ -24,6 +24,7 @@ class Document:
 
     `headings` and `breaks` ascend. `pages` are (offset where the page begins, page number) and empty for
     formats without pages. `breaks` are offsets where a paragraph, row or block begins: the preferred cuts.
+    `note` says what of the file is not in the text, such as pages that are pictures.
     """
 
     text: str
@@ -31,6 +32,7 @@ class Document:
     headings: tuple[Heading, ...] = ()
     pages: tuple[tuple[int, int], ...] = ()
     breaks: tuple[int, ...] = ()
+    note: str = ""
 
     def page_at(self, offset: int) -> int | None:
         """The number of the page that holds the character at `offset`."""

@@ -16,10 +16,11 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from rag import parse
-from rag.discover import Found, walk
+from rag.discover import Discovery, Found, normal, printable, walk
 from rag.errors import RagError
 from rag.lexical import best_mode
 from rag.read import ReadFile, load, read
+from rag.rebuild import discard, scratch
 from rag.settings import CHUNK_TOKENS, OVERLAP, OtherChunks, OtherEmbedder, Settings, check_chunks
 from rag.store import FILE_NAME, Database, FileRow
 from rag.vectors import VectorIndex
@@ -55,13 +56,14 @@ class DocumentEmbedder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class IndexReport:
-    """Files by what happened to them; `skipped` are (path, reason)."""
+    """Files by what happened to them; `skipped` are (path, reason), `notes` (path, what was not read)."""
 
     added: int
     changed: int
     unchanged: int
     removed: int
     skipped: tuple[tuple[str, str], ...]
+    notes: tuple[tuple[str, str], ...]
     chunks: int
     embedded_windows: int
     seconds: float
@@ -74,7 +76,7 @@ class CollectionBusy(RagError):
 
 class NothingToIndex(RagError):
     def __init__(self, paths: Sequence[Path], skipped: Sequence[tuple[str, str]]) -> None:
-        where = ", ".join(map(str, paths)) or "no path"
+        where = ", ".join(map(printable, paths)) or "no path"
         reasons = "; ".join(f"{path}: {reason}" for path, reason in skipped[:3])
         more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
         found = f"{len(skipped)} files skipped ({reasons}{more})" if skipped else "it holds no document"
@@ -95,26 +97,45 @@ def index(
 ) -> IndexReport:
     """Make the collection hold what the paths hold; files of other paths given earlier stay.
 
-    Lengths in tokens; None means as before, 512 and 64 at first. `rebuild` starts from nothing but vectors.
+    Lengths in tokens; None means as before, 512 and 64 at first. `rebuild` starts from nothing but vectors;
+    what the collection holds stays until the new one is whole.
     """
     started = time.monotonic()
-    found = walk([Path(path).absolute() for path in paths])
-    passed_over = [(str(one.path), one.reason) for one in found.skipped]
+    given = [normal(path) for path in paths]
     directory = Path(collection_dir)
     with _writing(directory) as database:
         before = None if rebuild else database.settings()
+        known = (*database.roots(), *database.files()) if before else ()
+        found = walk(given, known=known)
         settings = _settings(database, before, embedder, chunk_tokens=chunk_tokens, overlap=overlap)
-        roots = tuple(str(Path(path).absolute()) for path in paths)
-        if before is None:
-            database.start(settings, roots)
-        run = _Run(database, embedder, settings, progress or (lambda *_: None), passed_over)
-        run.take(found.files)
-        run.forget({str(file.path) for file in found.files}, roots)
-        if not database.count("files", "reason IS NULL") and before is None:
-            raise NothingToIndex(paths, run.skipped)
-        database.set_roots(tuple(dict.fromkeys((*database.roots(), *roots))))
+        roots = [str(path) for path in given if printable(path) == str(path)]
+        run = _Run(database, embedder, settings, progress or (lambda *_: None), found)
+        if rebuild and database.settings() is not None:
+            _rebuild(run, roots, paths)
+        else:
+            if before is None:
+                database.start(settings, roots)
+            run.take(roots)
+            if before is None:
+                run.check_any(paths)
+        all_roots = dict.fromkeys([*(str(normal(root)) for root in database.roots()), *roots])
+        database.set_roots([root for root in all_roots if root not in roots or Path(root).exists()])
         run.finish(directory)
         return run.report(time.monotonic() - started)
+
+
+def _rebuild(run: "_Run", roots: Sequence[str], paths: Sequence[Path]) -> None:
+    """Build beside the collection, then take its place; a run that finds nothing leaves it as it was."""
+    old = run.database
+    try:
+        with scratch(old, run.settings, roots) as run.database:
+            run.take(roots)
+            run.check_any(paths)
+            run.database.copy_to(old)
+    except NothingToIndex:
+        discard(old.path.parent)
+        raise
+    run.database = old
 
 
 @contextmanager
@@ -184,17 +205,24 @@ class _Run:
     embedder: DocumentEmbedder
     settings: Settings
     progress: Progress
-    skipped: list[tuple[str, str]]
+    found: Discovery
     known: dict[str, FileRow] = field(default_factory=dict)
     waiting: list[ReadFile] = field(default_factory=list)
     done: int = 0
-    total: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     embedded: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
 
-    def take(self, files: Sequence[Found]) -> None:
-        self.known, self.total = self.database.files(), len(files)
-        for file in files:
+    @property
+    def total(self) -> int:
+        return len(self.found.files)
+
+    def take(self, roots: Sequence[str]) -> None:
+        """Read what is new or edited, forget what is gone below the roots."""
+        self.known = self.database.files()
+        self.skipped = [(one.path, one.reason) for one in self.found.skipped]
+        for file in self.found.files:
             self.progress(f"reading {file.name}", self.done, self.total)
             row = self._current(file)
             if row is None:
@@ -204,18 +232,25 @@ class _Run:
             else:
                 self._count("unchanged", row)
         self.flush()
+        self._forget(roots)
 
-    def forget(self, present: set[str], roots: Sequence[str]) -> None:
-        """Files below the given roots that are there no more; a folder that cannot be listed keeps its."""
-        unlisted = [path for path, _ in self.skipped if Path(path).is_dir()]
+    def _forget(self, roots: Sequence[str]) -> None:
+        """Files below the given roots that are there no more; a folder that cannot be looked at keeps its."""
+        present = {str(file.path) for file in self.found.files}
+        unseen = [one.path for one in self.found.skipped if one.unseen]
         gone = [
             path
-            for path in self.known
-            if path not in present and _below(path, roots) and not _below(path, unlisted)
+            for path in self.known.keys() - present
+            if _below(normal(path), roots) and not _below(normal(path), unseen)
         ]
         if gone:
             self.database.remove(gone)
         self.counts["removed"] = sum(self.known[path].reason is None for path in gone)
+
+    def check_any(self, paths: Sequence[Path]) -> None:
+        """Raise NothingToIndex unless something can be searched."""
+        if not self.database.count("files", "reason IS NULL"):
+            raise NothingToIndex(paths, self.skipped)
 
     def flush(self) -> None:
         """Embed what the waiting files need, then let each enter."""
@@ -238,6 +273,7 @@ class _Run:
         vectors = VectorIndex.open(directory, self.database, self.settings.dimension)
         if not vectors.on_disk:
             vectors.save(directory, self.database.meta()["identity"])
+        discard(directory)
 
     def report(self, seconds: float) -> IndexReport:
         count = self.counts.get
@@ -247,6 +283,7 @@ class _Run:
             unchanged=count("unchanged", 0),
             removed=count("removed", 0),
             skipped=tuple(self.skipped),
+            notes=tuple(self.notes),
             chunks=self.database.count("chunks"),
             embedded_windows=self.embedded,
             seconds=seconds,
@@ -280,6 +317,8 @@ class _Run:
             self.skipped.append((row.path, row.reason))
         else:
             self.counts[what] = self.counts.get(what, 0) + 1
+        if row.note:
+            self.notes.append((row.path, row.note))
 
 
 def _version() -> str:
@@ -287,5 +326,5 @@ def _version() -> str:
     return f"{parse.PARSER_VERSION}/{CHUNKER_VERSION}"
 
 
-def _below(path: str, roots: Sequence[str]) -> bool:
-    return any(Path(path).is_relative_to(root) for root in roots)
+def _below(path: Path, roots: Sequence[str]) -> bool:
+    return any(path.is_relative_to(root) for root in roots)

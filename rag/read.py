@@ -49,12 +49,14 @@ def read(path: Path, name: str, *, tokens: Tokens, settings: Settings, parser: s
         return ReadFile(replace(row, reason=str(error)), (), {})
     except Exception as error:  # a parser's defect costs its file, not the run
         reason = f"its parser failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return ReadFile(replace(row, reason=reason), (), {})
+        # Without a hash it is read again by the next run: memory may have been short, or a library missing.
+        return ReadFile(replace(row, reason=reason, sha256=""), (), {})
     if not chunks:
         return ReadFile(replace(row, reason="it holds no text"), (), {})
     texts: dict[bytes, str] = {}
     rows = tuple(_row(document.text, one, tokens, settings, texts) for one in chunks)
-    return ReadFile(replace(row, title=document.title, pages=document.pages), rows, texts)
+    row = replace(row, title=document.title, pages=document.pages, note=document.note)
+    return ReadFile(row, rows, texts)
 
 
 def load(path: Path, name: str, *, parser: str) -> tuple[FileRow, bytes]:

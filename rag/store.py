@@ -19,7 +19,7 @@ from rag.lexical import TOKENIZE
 from rag.settings import Settings
 
 FILE_NAME = "collection.sqlite"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 VECTOR = np.dtype("<f2")  # float16: half the bytes; recall is the same, see docs/log.md
 
 LEXICAL = f"CREATE VIRTUAL TABLE lexical USING fts5 (heading, body, tokenize = '{TOKENIZE}')"
@@ -28,7 +28,7 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE files (
     id INTEGER PRIMARY KEY AUTOINCREMENT, path TEXT NOT NULL UNIQUE, name TEXT NOT NULL, title TEXT NOT NULL,
     size_bytes INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, seen_ns INTEGER NOT NULL, sha256 TEXT NOT NULL,
-    parser TEXT NOT NULL, pages TEXT NOT NULL, reason TEXT);
+    parser TEXT NOT NULL, pages TEXT NOT NULL, reason TEXT, note TEXT NOT NULL DEFAULT '');
 CREATE TABLE chunks (
     id INTEGER PRIMARY KEY AUTOINCREMENT, file_id INTEGER NOT NULL REFERENCES files ON DELETE CASCADE,
     first INTEGER NOT NULL, last INTEGER NOT NULL, page INTEGER, heading TEXT NOT NULL, text TEXT NOT NULL);
@@ -43,11 +43,18 @@ CREATE TABLE vectors (hash BLOB PRIMARY KEY, vector BLOB NOT NULL) WITHOUT ROWID
 CREATE TRIGGER forget_words AFTER DELETE ON chunks BEGIN DELETE FROM lexical WHERE rowid = old.id; END;
 PRAGMA user_version = {SCHEMA_VERSION};
 """
+_FROM_1 = f"""
+ALTER TABLE files ADD COLUMN note TEXT NOT NULL DEFAULT '';
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class FileRow:
-    """A file as it was when it was read; `reason` says why it was skipped, None when it is searchable."""
+    """A file as it was when it was read.
+
+    `reason` says why it was skipped, None when it is searchable; `note` what of it could not be read.
+    """
 
     path: str
     name: str
@@ -59,6 +66,7 @@ class FileRow:
     parser: str
     pages: tuple[tuple[int, int], ...] = ()
     reason: str | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +92,12 @@ class ChunkRow:
 
 class BrokenCollection(RagError):
     def __init__(self, path: Path, reason: object) -> None:
-        super().__init__(
-            f"{path} cannot be used: {reason}; free space or mend the disk, or delete the folder "
-            f"{path.parent} and index again"
+        remedy = (
+            f"free space or mend the disk, or delete the folder {path.parent} and index again"
+            if getattr(reason, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL
+            else "free space and run the command again, nothing is lost"
         )
+        super().__init__(f"{path} cannot be used: {reason}; {remedy}")
 
 
 class Database:
@@ -113,6 +123,10 @@ class Database:
                 for statement in _statements(_SCHEMA):
                     self.connection.execute(statement)
                 self.set_meta({"identity": uuid.uuid4().hex, "change": "0", "roots": "[]"})
+        elif version == 1:
+            with self.transaction():
+                for statement in _statements(_FROM_1):
+                    self.connection.execute(statement)
         elif version != SCHEMA_VERSION:
             self.connection.close()
             raise BrokenCollection(self.path, f"its schema is version {version}, not {SCHEMA_VERSION}")
@@ -124,10 +138,9 @@ class Database:
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self.connection
-            except BaseException:
-                self.connection.execute("ROLLBACK")
-                raise
-            self.connection.execute("COMMIT")
+                self.connection.execute("COMMIT")
+            finally:
+                self._roll_back()
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -137,7 +150,12 @@ class Database:
             try:
                 yield self.connection
             finally:
-                self.connection.execute("ROLLBACK")
+                self._roll_back()
+
+    def _roll_back(self) -> None:
+        """End what is still open; SQLite has rolled back by itself after a full disk, for one."""
+        if self.connection.in_transaction:
+            self.connection.execute("ROLLBACK")
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -184,6 +202,31 @@ class Database:
                 sql.execute("DELETE FROM vectors")
             self.set_meta({"settings": json.dumps(asdict(settings)), "roots": json.dumps(list(roots))})
             self._changed()
+
+    def succeed(self, other: Path, *, with_vectors: bool) -> None:
+        """Go on where another database stands: its identity, later row ids and changes; maybe its vectors."""
+        with self._explained():
+            self.connection.execute("ATTACH ? AS other", (str(other),))
+        try:
+            with self.transaction() as sql:
+                if with_vectors:
+                    sql.execute("INSERT OR IGNORE INTO vectors SELECT * FROM other.vectors")
+                sql.execute("INSERT OR REPLACE INTO meta SELECT * FROM other.meta WHERE key = 'identity'")
+                query = "SELECT max(CAST(value AS INTEGER)) + 1 FROM ({}) WHERE key = 'change'"
+                both = "SELECT * FROM meta UNION ALL SELECT * FROM other.meta"
+                change = sql.execute(query.format(both)).fetchone()[0]
+                self.set_meta({"change": str(change)})
+                both = "SELECT * FROM sqlite_sequence UNION ALL SELECT * FROM other.sqlite_sequence"
+                last = sql.execute(f"SELECT name, max(seq) FROM ({both}) GROUP BY name").fetchall()
+                sql.execute("DELETE FROM sqlite_sequence")
+                sql.executemany("INSERT INTO sqlite_sequence VALUES (?, ?)", last)
+        finally:
+            self.connection.execute("DETACH other")
+
+    def copy_to(self, other: "Database") -> None:
+        """Replace all that another database holds, in one transaction of its own."""
+        with other._explained():
+            self.connection.backup(other.connection)
 
     def set_roots(self, roots: Sequence[str]) -> None:
         with self.transaction():

@@ -93,29 +93,31 @@ class VectorIndex:
         return [(int(one), float(score)) for one, score in zip(ids[0], scores[0], strict=True) if one >= 0]
 
     def save(self, directory: Path, identity: str) -> None:
-        """Write this generation beside the last, then point the manifest at it."""
-        import faiss
-
-        name = f"vectors-{self.change}.faiss"
-        path, manifest = directory / name, directory / MANIFEST
-        partial = directory / f"{name}.partial"
+        """Write this generation beside the last, then point the manifest at it. Raises UnwrittenIndex."""
+        path = directory / f"vectors-{self.change}.faiss"
+        partials = directory / f"{path.name}.partial", directory / f"{MANIFEST}.partial"
         try:
-            faiss.write_index(self._index, str(partial))
-        except RuntimeError as error:  # FAISS knows no other; the database already has everything
-            partial.unlink(missing_ok=True)
-            raise UnwrittenIndex(partial, error) from error
-        facts = {"file": name, "identity": identity, "change": self.change, "dimension": self.dimension}
-        facts |= {"vectors": len(self), "sha256": _sha256(partial)}
-        partial.replace(path)
-        swap = directory / f"{MANIFEST}.partial"
-        swap.write_text(json.dumps(facts), "utf-8")
-        with swap.open("rb") as file:
-            os.fsync(file.fileno())
-        swap.replace(manifest)
+            self._write(path, *partials, identity=identity)
+        except (OSError, RuntimeError) as error:  # FAISS knows no other; the database already has everything
+            for partial in partials:
+                partial.unlink(missing_ok=True)
+            raise UnwrittenIndex(path, error) from error
         for other in directory.glob("vectors-*.faiss*"):
             if other != path:
                 other.unlink(missing_ok=True)
         self._saved = self.change
+
+    def _write(self, path: Path, partial: Path, swap: Path, *, identity: str) -> None:
+        import faiss
+
+        faiss.write_index(self._index, str(partial))
+        facts = {"file": path.name, "identity": identity, "change": self.change, "dimension": self.dimension}
+        facts |= {"vectors": len(self), "sha256": _sha256(partial)}
+        partial.replace(path)
+        swap.write_text(json.dumps(facts), "utf-8")
+        with swap.open("rb") as file:
+            os.fsync(file.fileno())
+        swap.replace(path.with_name(MANIFEST))
 
 
 def state(directory: Path, database: Database) -> str | None:
@@ -137,7 +139,7 @@ def _load(directory: Path, identity: str, dimension: int) -> VectorIndex | None:
     """None for whatever cannot be believed: the caller builds it again from SQLite."""
     import faiss
 
-    with contextlib.suppress(OSError, ValueError, KeyError, RuntimeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RuntimeError):
         facts = json.loads((directory / MANIFEST).read_text("utf-8"))
         path = directory / Path(facts["file"]).name
         if (facts["identity"], facts["dimension"]) != (identity, dimension):

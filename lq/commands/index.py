@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rag.passage import Passage
 
 DEFAULT_EMBEDDER = "all-minilm-l6-v2"
-_SHOWN_SKIPPED = 20
+_SHOWN = 20
 _SNIPPET = 300  # characters
 
 Name = Annotated[
@@ -171,7 +171,8 @@ def _progress() -> Iterator[Progress | None]:
 
 def _document(collection: str, report: IndexReport) -> dict[str, Any]:
     skipped = [{"path": path, "reason": reason} for path, reason in report.skipped]
-    return {"collection": collection} | asdict(report) | {"skipped": skipped}
+    notes = [{"path": path, "note": note} for path, note in report.notes]
+    return {"collection": collection} | asdict(report) | {"skipped": skipped, "notes": notes}
 
 
 def _print_report(collection: str, report: IndexReport) -> None:
@@ -180,10 +181,11 @@ def _print_report(collection: str, report: IndexReport) -> None:
         f"{report.removed} removed, {len(report.skipped)} skipped; {report.chunks} chunks, "
         f"{report.embedded_windows} windows embedded, {report.seconds:.1f} s"
     )
-    for path, reason in report.skipped[:_SHOWN_SKIPPED]:
-        print(f"skipped {path}: {reason}")
-    if len(report.skipped) > _SHOWN_SKIPPED:
-        print(f"and {len(report.skipped) - _SHOWN_SKIPPED} more skipped; --json lists them all")
+    for what, rows in (("skipped", report.skipped), ("note", report.notes)):
+        for path, words in rows[:_SHOWN]:
+            print(f"{what} {path}: {words}")
+        if len(rows) > _SHOWN:
+            print(f"and {len(rows) - _SHOWN} more; --json lists them all")
 
 
 def _row(rank: int, passage: Passage) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import re
 import threading
+from dataclasses import replace
 
 import pypdfium2
 
@@ -47,10 +48,12 @@ def _document(pdf: pypdfium2.PdfDocument) -> Document:
         starts[index] = (start, text)
         if text:
             gap = "\n\n" if text.endswith(_FINISHED) else "\n"
-    if not any(text for _, text in starts.values()):
+    empty = sum(not text for _, text in starts.values())
+    if empty == len(pdf):
         raise Unreadable(f"none of its {len(pdf)} pages has text: it is scanned; run it through OCR first")
     draft.mark(_outline(pdf, starts))
-    return draft.finish(title=pdf.get_metadata_dict().get("Title", ""))
+    document = draft.finish(title=pdf.get_metadata_dict().get("Title", ""))
+    return replace(document, note=f"{empty} of {len(pdf)} pages have no text: run OCR" if empty else "")
 
 
 def _page_text(pdf: pypdfium2.PdfDocument, index: int) -> str:

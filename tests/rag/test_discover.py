@@ -1,5 +1,6 @@
 """Discovery takes what can be read and says why it leaves the rest."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,46 @@ def test_link_loops_end_and_dangling_links_are_reported(tmp_path: Path) -> None:
 def test_a_missing_path_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(MissingPath, match="handbok"):
         walk([tmp_path / "handbok"])
+
+
+def test_a_name_that_is_not_utf8_is_reported_in_printable_letters(tmp_path: Path) -> None:
+    write(tmp_path, "kept.md")
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff"))
+    odd.mkdir()
+    write(odd, "inner.md")
+    odd.with_suffix(".txt").write_text("lamp")
+    assert names(tmp_path, odd) == ["kept.md"]
+    reason = "its name is not UTF-8; rename it"
+    assert reasons(tmp_path, odd) == {"odd\\xff": reason, "odd\\xff.txt": reason}
+
+
+def test_a_folder_that_cannot_be_entered_stops_nothing(tmp_path: Path, monkeypatch) -> None:
+    write(tmp_path, "kept.md", "shut/one.md", "shut/inner/two.md")
+    real = os.stat
+
+    def refuse(path, *arguments, **options):
+        if "shut/" in os.fspath(path):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert names(tmp_path) == ["kept.md"]
+    refused = "it cannot be read (Permission denied)"
+    assert reasons(tmp_path) == {"one.md": refused, "inner": refused}
+    assert names(tmp_path / "shut/inner") == []
+    assert all(one.unseen for one in walk([tmp_path]).skipped)
+
+
+def test_a_deleted_path_is_passed_over_when_something_was_known_there(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    assert walk([gone], known=[str(gone / "a.md")]).files == ()
+    with pytest.raises(MissingPath):
+        walk([gone], known=[str(tmp_path / "gone.md")])
+
+
+def test_two_spellings_of_a_path_are_one(tmp_path: Path, monkeypatch) -> None:
+    write(tmp_path, "docs/one.md")
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    (found,) = walk([Path("../docs"), tmp_path / "inner/../docs"]).files
+    assert found.path == tmp_path / "docs/one.md"

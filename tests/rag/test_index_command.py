@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from fpdf import FPDF
 from typer.testing import CliRunner
 
 from lq.main import build
@@ -25,6 +26,7 @@ def test_indexing_and_searching_speak_json(lq, folder):
     assert built.exit_code == 0, built.exception
     report = json.loads(built.stdout)
     assert (report["collection"], report["added"], report["skipped"]) == ("notes", 3, [])
+    assert report["notes"] == []
     (folder / "note.xyz").write_text("?")
     again = lq("index", "notes", folder)
     assert "3 unchanged" in again.stdout
@@ -36,6 +38,19 @@ def test_indexing_and_searching_speak_json(lq, folder):
     shown = lq("search", "notes", "salary rule", "-k", 1).stdout
     assert shown.startswith("1. pay.md · About salary")
     assert "(score 0." in shown
+
+
+def test_pages_without_text_are_told(lq, folder):
+    pdf = FPDF()
+    pdf.set_font("Helvetica", size=11)
+    for text in ("The lamp is lit.", ""):
+        pdf.add_page()
+        pdf.multi_cell(0, 6, text)
+    pdf.output(str(folder / "half.pdf"))
+    note = "1 of 2 pages have no text: run OCR"
+    assert f"note {folder / 'half.pdf'}: {note}\n" in lq("index", "notes", folder).stdout
+    report = json.loads(lq("index", "notes", folder, "--json").stdout)
+    assert report["notes"] == [{"path": str(folder / "half.pdf"), "note": note}]
 
 
 @pytest.mark.parametrize(

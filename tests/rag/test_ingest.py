@@ -1,11 +1,16 @@
 """What an index run reads, embeds, keeps and forgets; and what it refuses."""
 
+import contextlib
 import os
 import shutil
+import sqlite3
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from fpdf import FPDF
 
+from rag import parse
 from rag.collection import Collection
 from rag.discover import MissingPath
 from rag.ingest import CollectionBusy, NothingToIndex, index
@@ -199,3 +204,85 @@ def test_interrupting_keeps_what_was_embedded(home, folder, embedder):
     index(home, [folder], embedder=embedder)
     assert 0 < half < len(embedder.texts) == len(set(embedder.texts))
     assert not Collection.open(home).verify()
+
+
+def test_paths_with_dots_are_written_one_way(home, folder, embedder, monkeypatch):
+    inner = folder.parent / "beside"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    assert index(home, [Path("../documents")], embedder=embedder).added == 3
+    again = index(home, [folder], embedder=embedder)
+    assert (again.added, again.removed, again.unchanged) == (0, 0, 3)
+    (inner / "boats.txt").write_text("Boats float on water.", "utf-8")
+    here = index(home, [Path()], embedder=embedder)
+    assert (here.added, here.removed) == (1, 0)
+    assert Collection.open(home).info().roots == (str(folder), str(inner))
+
+
+@pytest.mark.usefixtures("built")
+def test_paths_kept_with_dots_by_earlier_versions_are_replaced(home, folder, embedder):
+    with contextlib.closing(sqlite3.connect(home / "collection.sqlite")) as sql, sql:
+        sql.execute("UPDATE files SET path = replace(path, '/documents/', '/x/../documents/')")
+    report = index(home, [folder], embedder=embedder)
+    assert (report.added, report.removed, report.embedded_windows) == (3, 3, 0)
+    assert Collection.open(home).info().n_files == 3
+
+
+@pytest.mark.usefixtures("built")
+def test_what_was_named_and_deleted_can_be_removed(home, folder, embedder):
+    (folder / "pay.md").unlink()
+    report = index(home, [folder / "pay.md"], embedder=embedder)
+    assert (report.removed, report.added) == (1, 0)
+    shutil.rmtree(folder / "inner")
+    assert index(home, [folder / "inner"], embedder=embedder).removed == 1
+    shutil.rmtree(folder)
+    assert index(home, [folder], embedder=embedder).removed == 1
+    info = Collection.open(home).info()
+    assert (info.n_files, info.roots) == (0, ())
+    with pytest.raises(MissingPath):
+        index(home, [folder], embedder=embedder)
+
+
+@pytest.mark.usefixtures("built")
+def test_files_of_a_folder_that_cannot_be_looked_at_stay(home, folder, embedder, monkeypatch):
+    real = os.stat
+
+    def refuse(path, *arguments, **options):
+        if isinstance(path, str | os.PathLike) and "documents/inner/" in os.fspath(path):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    report = index(home, [folder], embedder=embedder)
+    assert (report.removed, report.unchanged) == (0, 2)
+    assert dict(report.skipped) == {str(folder / "inner/travel.md"): "it cannot be read (Permission denied)"}
+    assert Collection.open(home).info().n_files == 3
+
+
+def test_a_passing_failure_is_tried_again(home, folder, embedder, monkeypatch):
+    real = parse.parse
+
+    def fail(path, data):
+        if path.name == "pay.md":
+            raise MemoryError
+        return real(path, data)
+
+    monkeypatch.setattr(parse, "parse", fail)
+    report = index(home, [folder], embedder=embedder)
+    assert report.added == 2
+    assert dict(report.skipped) == {str(folder / "pay.md"): "its parser failed: MemoryError: "}
+    monkeypatch.undo()
+    assert index(home, [folder], embedder=embedder).added == 1
+
+
+def test_notes_of_a_file_are_reported_by_every_run(home, folder, embedder):
+    pdf = FPDF()
+    pdf.set_font("Helvetica", size=11)
+    for text in ("The lamp is lit.", "", ""):
+        pdf.add_page()
+        pdf.multi_cell(0, 6, text)
+    pdf.output(str(folder / "half.pdf"))
+    expected = ((str(folder / "half.pdf"), "2 of 3 pages have no text: run OCR"),)
+    assert index(home, [folder], embedder=embedder).notes == expected
+    again = index(home, [folder], embedder=embedder)
+    assert (again.unchanged, again.notes) == (4, expected)
