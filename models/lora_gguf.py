@@ -4,12 +4,12 @@ Scales, rsLoRA's and patterns' included, are folded so that llama.cpp's alpha / 
 own. What llama.cpp's adapters cannot express (DoRA, whole tensors) is refused; `lq quantize` merges it.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from models.atomic import whole
 from models.errors import ModelsError
 from models.gguf import Header
 from models.lora import Adapter, AdapterMismatch, Factors
@@ -36,22 +36,18 @@ def convert_adapter(adapter_path: Path, base: Header, out: Path) -> Path:
     _refuse(adapter, base)
     factors = {name: adapter.factors(module) for name, module in _targets(adapter, base).items()}
     alpha = _alpha(factors)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    writer = gguf.GGUFWriter(partial, str(base.architecture))
+    writer = gguf.GGUFWriter(None, str(base.architecture))
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     for name, (a, b) in _tensors(factors, base, alpha):
         writer.add_tensor(f"{name}.weight.lora_a", a)
         writer.add_tensor(f"{name}.weight.lora_b", b)
-    try:
-        writer.write_header_to_file()
+    with whole(out) as partial:
+        writer.write_header_to_file(partial)
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
     return out
 
 

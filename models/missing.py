@@ -30,6 +30,7 @@ class NameTaken(ModelsError):
     """The name holds something else already."""
 
     def __init__(self, name: str, source: str) -> None:
+        self.name, self.source = name, source
         super().__init__(
             f"the store already holds {name!r}, from {source}; give another name with --name, "
             f"or remove it first with `lq rm {name}`"

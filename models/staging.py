@@ -4,7 +4,6 @@ A pull works in LQ_HOME/tmp/pulls/NAME under a lock of that name; what it fetche
 act is one rename. Knows no source and no format.
 """
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from models.atomic import sync
 from models.source import Progress
 
 
@@ -77,14 +77,3 @@ def locked(path: Path, *, what: str, progress: Progress) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def sync(path: Path) -> None:
-    """fsync a file or folder; folders cannot be synced on Windows and need not be."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -78,9 +78,14 @@ class TensorFile:
         with self.path.open("rb") as file:
             file.seek(slot.start)
             raw = np.fromfile(file, dtype=_FLOATS[slot.dtype], count=slot.n_elements)
-        if slot.dtype == "BF16":
-            raw = (raw.astype(np.uint32) << 16).view(np.float32)
-        return raw.astype(np.float32, copy=False).reshape(slot.shape)
+        return to_float32(raw).reshape(slot.shape)
+
+
+def to_float32(stored: np.ndarray) -> np.ndarray:
+    """Numbers as float32; bfloat16, which numpy does not have, comes as the uint16 of its bits."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32, copy=False)
 
 
 def _decode(path: Path, text: bytes) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """Run one llama.cpp quantize call in a child process, and bring back a whole file or nothing.
 
-Owns the child's life, its messages, the temporary name and the rename. llama.cpp aborts the process on
+Owns the child's life and its messages. llama.cpp aborts the process on
 some inputs and cannot be interrupted; neither may touch us. Knows nothing of calibration.
 """
 
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import tempfile
 import threading
@@ -17,6 +16,8 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from models.atomic import whole
+from quantize.disk import DiskFull
 from quantize.errors import QuantizeError
 from quantize.imatrix import ImportanceMatrix
 from quantize.types import Order, call
@@ -36,17 +37,6 @@ class QuantizeCallFailed(QuantizeError):
     """llama.cpp refused the file, or died on it."""
 
 
-class OutputNotWritten(QuantizeError):
-    """The disk did not take the file."""
-
-    def __init__(self, path: Path, reason: str) -> None:
-        free = shutil.disk_usage(path.parent).free
-        super().__init__(
-            f"could not write {path}: {reason} ({free / 1e6:.0f} MB free on that disk); "
-            "make room or choose another --out, and run the same command again: finished steps are kept"
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class Fallback:
     """A tensor whose rows do not fit its recipe's block, and the type it got instead."""
@@ -57,32 +47,17 @@ class Fallback:
     given: str
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What llama.cpp said about a finished call."""
+def quantize(order: Order, *, progress: TensorProgress | None = None) -> tuple[Fallback, ...]:
+    """Make `order.out`; it appears whole or not at all. Ctrl-C stops the child and removes what it wrote.
 
-    fallbacks: tuple[Fallback, ...]
-    requires_importance: bool  # only known from a dry run without a matrix
-
-
-def quantize(order: Order, *, progress: TensorProgress | None = None) -> Outcome:
-    """Make `order.out`; it appears whole or not at all. Ctrl-C stops the child and removes what it wrote."""
+    Returns the tensors that did not get the type they were to have.
+    """
     if order.out.resolve() == order.source.resolve():
         raise QuantizeError(f"{order.out} is the source itself; choose another --out")
-    order.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = order.out.with_name(f".{order.out.name}.partial")
-    try:
+    with whole(order.out) as partial:
         lines = _run(replace(order, out=partial), order.out, progress)
-        _sync(partial)
-        partial.replace(order.out)
-    finally:
-        partial.unlink(missing_ok=True)
-    return _outcome(lines)
-
-
-def plan(order: Order) -> Outcome:
-    """What llama.cpp would do, from its own dry run: nothing is written."""
-    return _outcome(_run(replace(order, dry_run=True), order.out, None))
+    found = [match for line in lines if (match := FALLBACK_LINE.search(line))]
+    return tuple(Fallback(m[1], int(m[2]), m[4].upper(), m[6].upper()) for m in found)
 
 
 def _run(order: Order, final: Path, progress: TensorProgress | None) -> list[str]:
@@ -150,24 +125,11 @@ def _tell(line: str, progress: TensorProgress | None) -> None:
 def _failure(order: Order, final: Path, lines: list[str], exitcode: int | None) -> QuantizeError:
     said = " ".join(lines[-12:])
     if any(sign in said for sign in WRITE_ERRORS):
-        return OutputNotWritten(final, "the disk is full or the file grew over its limit")
+        return DiskFull(final, "the disk is full or the file grew over its limit")
     reasons = [line for line in lines if "failed to quantize" in line or "GGML_ASSERT" in line]
     reason = reasons[-1].partition("failed to quantize: ")[2] or reasons[-1] if reasons else said[-300:]
     died = f"llama.cpp died (exit code {exitcode}): " if exitcode else ""
     return QuantizeCallFailed(f"quantizing {order.source} to {order.type} failed: {died}{reason.strip()}")
-
-
-def _outcome(lines: list[str]) -> Outcome:
-    found = [match for line in lines if (match := FALLBACK_LINE.search(line))]
-    return Outcome(
-        fallbacks=tuple(Fallback(m[1], int(m[2]), m[4].upper(), m[6].upper()) for m in found),
-        requires_importance=any("will require an imatrix" in line for line in lines),
-    )
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _child(order: Order, sender: Connection, last_words: Path) -> None:

@@ -1,6 +1,6 @@
-"""Change the floating-point type of an array: what a checkpoint stores to what a GGUF stores.
+"""Round float32 to what a GGUF stores: float16, or bfloat16 as the uint16 of its bits.
 
-Owns float32, float16 and bfloat16 (as the uint16 of its bits); knows no files and no quantized types.
+Knows no files and no quantized types; the way back is `models.tensors.to_float32`.
 """
 
 from typing import Literal
@@ -9,13 +9,6 @@ import numpy as np
 
 Dtype = Literal["F32", "F16", "BF16"]
 ITEM_BYTES: dict[Dtype, int] = {"F32": 4, "F16": 2, "BF16": 2}
-
-
-def to_float32(stored: np.ndarray) -> np.ndarray:
-    """Exact: every stored type is narrower than float32."""
-    if stored.dtype == np.uint16:
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32, copy=False)
 
 
 def from_float32(values: np.ndarray, dtype: Dtype) -> np.ndarray:
@@ -32,7 +25,7 @@ def from_float32(values: np.ndarray, dtype: Dtype) -> np.ndarray:
 
 
 def dtype_of(stored: np.ndarray) -> Dtype:
-    """The GGUF name of what an array of `to_float32`'s input kind holds."""
+    """The GGUF name of what an array holds, float16, float32 or bfloat16's bits."""
     if stored.dtype == np.uint16:
         return "BF16"
     return "F16" if stored.itemsize == 2 else "F32"

@@ -4,11 +4,14 @@ What gguf-py gathers from the folder's name, config.json, generation_config.json
 one more thing: llama.cpp decides by the model's *name* whether added tokens swallow the spaces after them.
 """
 
+import dataclasses
 import re
 from pathlib import Path
 
 import gguf
+import yaml
 
+from quantize.checkpoint import InvalidCheckpoint
 from quantize.floats import Dtype
 from quantize.vocabulary import Vocabulary
 
@@ -24,7 +27,7 @@ PHI3_TOKENS = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
 def write_general(writer: gguf.GGUFWriter, folder: Path, *, dtype: Dtype, vocabulary: Vocabulary) -> None:
     """Add the keys; the tensors must have been announced, for the parameters are counted."""
     total, shared, expert, n_experts = writer.get_total_parameter_count()
-    metadata = gguf.Metadata.load(None, folder, None, total)
+    metadata = _metadata(folder, total)
     metadata.name = fitting_name(metadata.name or folder.resolve().name, vocabulary)
     if metadata.size_label is None:
         metadata.size_label = gguf.size_label(total, shared, expert, n_experts)
@@ -32,6 +35,21 @@ def write_general(writer: gguf.GGUFWriter, folder: Path, *, dtype: Dtype, vocabu
     metadata.set_gguf_meta_model(writer)
     writer.add_file_type(FILE_TYPES[dtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _metadata(folder: Path, n_parameters: int) -> gguf.Metadata:
+    """What gguf-py finds in the folder. It takes for granted that the model card is sound."""
+    try:
+        found = gguf.Metadata.load(None, folder, None, n_parameters)
+    except (UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        problem = f"its front matter cannot be read ({' '.join(str(error).split())})"
+        remedy = "correct it, or remove the file: only the name, the licence and the like are taken from it"
+        raise InvalidCheckpoint(folder / "README.md", problem, remedy) from None
+    for field in dataclasses.fields(found):
+        value = getattr(found, field.name)
+        if field.type == "Optional[str]" and value is not None and not isinstance(value, str | list):
+            setattr(found, field.name, str(value))  # YAML reads `name: 5` as a number
+    return found
 
 
 def fitting_name(name: str, vocabulary: Vocabulary) -> str:

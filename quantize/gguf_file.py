@@ -1,18 +1,17 @@
 """Write a GGUF whose tensors arrive one block at a time; the destination is whole or untouched.
 
-Owns the partial file beside the destination, its padding, flushing and renaming. Knows nothing of models.
+Owns the order of the bytes and their padding. Knows nothing of models.
 """
 
-import errno
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gguf
 import numpy as np
 
+from models.atomic import whole
+from quantize.disk import DiskFull, disk_errors
 from quantize.errors import QuantizeError
 from quantize.plan import Output
 
@@ -23,18 +22,6 @@ TYPES = {
     "F16": gguf.GGMLQuantizationType.F16,
     "BF16": gguf.GGMLQuantizationType.BF16,
 }
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-class DiskFull(QuantizeError):
-    """No room for the file; nothing is left at the destination."""
-
-    def __init__(self, out: Path, needed_bytes: int) -> None:
-        free = shutil.disk_usage(out.parent).free
-        super().__init__(
-            f"no room for {out}: it needs {needed_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
-            "free space or choose another folder"
-        )
 
 
 class WrongSize(QuantizeError):
@@ -61,31 +48,13 @@ def write(
     total = sum(output.size_bytes for output in outputs)
     out.parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(out.parent).free < total:
-        raise DiskFull(out, total)
-    with _partial(out, total) as partial:
+        raise DiskFull(out, f"it needs {total / 1e6:.0f} MB")
+    with disk_errors(out), whole(out) as partial:
         writer.write_header_to_file(partial)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         writer.close()
         _append(partial, outputs, writer.data_alignment, total, progress)
-        partial.replace(out)
-    _flush_folder(out.parent)
-
-
-@contextmanager
-def _partial(out: Path, total: int) -> Iterator[Path]:
-    """The path to write to; removed on any failure."""
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        yield partial
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        if error.errno in FULL:
-            raise DiskFull(out, total) from None
-        raise
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _append(
@@ -104,14 +73,3 @@ def _append(
                 raise WrongSize(output, written)
             done += written
         file.write(bytes(-file.tell() % alignment))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make the renaming itself last."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -3,7 +3,6 @@
 Owns the sums, the counts and the bytes on disk. How they were collected is `quantize.importance`'s matter.
 """
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from models.atomic import whole
 from quantize.errors import QuantizeError
 
 
@@ -51,27 +51,20 @@ class ImportanceMatrix:
 
     def write(self, path: Path) -> None:
         """Save in llama.cpp's format; appears whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            writer = gguf.GGUFWriter(partial, arch="")
-            writer.kv_data[0].pop(gguf.Keys.General.ARCHITECTURE, None)
-            writer.add_string("general.type", "imatrix")
-            writer.add_array("imatrix.datasets", list(self.datasets))
-            writer.add_uint32("imatrix.chunk_count", self.n_chunks)
-            writer.add_uint32("imatrix.chunk_size", self.chunk_size)
-            for name, entry in sorted(self.entries.items()):
-                writer.add_tensor(f"{name}.in_sum2", entry.sums.astype(np.float32))
-                writer.add_tensor(f"{name}.counts", entry.counts.astype(np.float32)[:, None])
-            writer.write_header_to_file()
+        writer = gguf.GGUFWriter(None, arch="")
+        writer.kv_data[0].pop(gguf.Keys.General.ARCHITECTURE, None)
+        writer.add_string("general.type", "imatrix")
+        writer.add_array("imatrix.datasets", list(self.datasets))
+        writer.add_uint32("imatrix.chunk_count", self.n_chunks)
+        writer.add_uint32("imatrix.chunk_size", self.chunk_size)
+        for name, entry in sorted(self.entries.items()):
+            writer.add_tensor(f"{name}.in_sum2", entry.sums.astype(np.float32))
+            writer.add_tensor(f"{name}.counts", entry.counts.astype(np.float32)[:, None])
+        with whole(path) as partial:
+            writer.write_header_to_file(partial)
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
             writer.close()
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, path: Path) -> "ImportanceMatrix":

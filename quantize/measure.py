@@ -4,7 +4,6 @@ The source's log-probabilities lie on disk while candidates are measured, one se
 Both run on the same backend with an f16 KV cache. The arithmetic is `quantize.divergence`'s.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.llama import Context, Model, evaluate
+from models.atomic import whole
 from quantize.conversation import Conversation, Role
 from quantize.divergence import Divergence, TokenScores, log_softmax, score, summarise
 from quantize.errors import QuantizeError
@@ -74,21 +74,15 @@ def write_reference(
 ) -> None:
     """Store the source's log-probabilities at every scored position, float32, at `out`."""
     n_rows = sum(len(text.positions) for text in texts)
-    partial = out.with_name(f".{out.name}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with _opened(source, texts, backend) as context, partial.open("wb") as file:
-            needed = 4 * n_rows * context.model.n_vocab
-            free = shutil.disk_usage(out.parent).free
-            if needed > free:
-                raise NoRoomForReference(out.parent, needed, free)
+    with _opened(source, texts, backend) as context:
+        needed = 4 * n_rows * context.model.n_vocab
+        free = shutil.disk_usage(out.parent).free
+        if needed > free:
+            raise NoRoomForReference(out.parent, needed, free)
+        with whole(out) as partial, partial.open("wb") as file:
             for text, logits in _logits(context, texts, progress):
                 file.write(log_softmax(logits[text.rows]).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def measure(

@@ -90,6 +90,13 @@ def prepends_space(spec: Mapping[str, Any]) -> bool:
     return False
 
 
+def prepends_space_once(spec: Mapping[str, Any]) -> bool:
+    """Whether the leading space is for the beginning of a text alone, which llama.cpp does not have."""
+    return any(
+        step.get("type") == "Metaspace" and step.get("prepend_scheme") == "first" for step in steps(spec)
+    )
+
+
 def overlay(pieces: dict[int, Piece], added: Iterable[AddedToken]) -> None:
     """Put the added tokens over the learnt ones."""
     for token in added:

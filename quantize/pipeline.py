@@ -4,7 +4,6 @@ Owns the order, the lock on the folder and what is cleared away afterwards. A ru
 goes on at the step where it stopped; a run with other parameters redoes only what depends on them.
 """
 
-import errno
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +12,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from engine.llama import default_threads, gpu_name
+from models.atomic import LEFT_BEHIND
 from models.gguf import read_header
 from quantize.card import card
-from quantize.child import OutputNotWritten
+from quantize.disk import disk_errors
 from quantize.errors import QuantizeError
 from quantize.frame import CannotConverse
 from quantize.plots import divergence_figure, png, speed_figure, svg
@@ -25,8 +25,6 @@ from quantize.source import is_full_precision
 from quantize.speed import Speed, processor
 from quantize.steps import Ledger, Step, write_bytes, write_text
 from quantize.work import Work
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FolderBusy(QuantizeError):
@@ -39,7 +37,7 @@ class FolderBusy(QuantizeError):
 def run(settings: Settings, *, progress: Progress = silent) -> Report:
     """Do what is not done yet, write the report, and return it. Raises QuantizeError; finished steps stay."""
     description = settings.check()
-    with _disk(settings.out), _locked(settings.out):
+    with disk_errors(settings.out / "work"), _locked(settings.out):
         work = Work(settings, description, progress)
         report = _Run(work).report()
         progress("writing the report", 0, None)
@@ -196,19 +194,8 @@ def _locked(out: Path) -> Iterator[None]:
     lock = FileLock(out / "work" / ".lock", timeout=0)
     try:
         with lock:
-            for left in (*out.glob(".*.partial"), *(out / "work").glob(".*.partial")):
+            for left in (*out.glob(LEFT_BEHIND), *(out / "work").glob(LEFT_BEHIND)):
                 left.unlink()  # by a run that was killed
             yield
     except Timeout:
         raise FolderBusy(out) from None
-
-
-@contextmanager
-def _disk(out: Path) -> Iterator[None]:
-    """Turn "no space" into an error that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in DISK_FULL and out.exists():
-            raise OutputNotWritten(Path(error.filename or out / "work"), error.strerror or "full") from error
-        raise

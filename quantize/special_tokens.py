@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from quantize.errors import QuantizeError
+from quantize.pieces import UnsupportedTokenizer
 from quantize.tokenizer_files import ROLES, TokenizerFiles
 
 #: Texts that llama.cpp takes for the end of a turn by itself.
@@ -90,7 +91,9 @@ def _around(
         return before, [ids["eos"]] if files.config.get("add_eos_token", False) and "eos" in ids else []
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     dressed = tokenizer.encode("a").ids
-    at = next(i for i in range(len(dressed)) if dressed[i : i + len(plain)] == plain)
+    at = next((i for i in range(len(dressed)) if dressed[i : i + len(plain)] == plain), None)
+    if at is None or not plain:
+        raise UnsupportedTokenizer(f"its post-processor turns tokens {plain} into {dressed}")
     return dressed[:at], dressed[at + len(plain) :]
 
 

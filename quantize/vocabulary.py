@@ -120,9 +120,12 @@ def read_vocabulary(
 
 def _load(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(path / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception as error:  # tokenizers raises bare Exception
         raise UnsupportedTokenizer(f"cannot be loaded ({error})") from None
+    tokenizer.no_padding()  # these two are saved from training, and are about batches
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def _learn(files: TokenizerFiles, tokenizer: Tokenizer | None, pre: str | None) -> _Learnt:
@@ -137,14 +140,24 @@ def _learn_sentencepiece(files: TokenizerFiles) -> _Learnt:
     file, explicit = files.path / "tokenizer.model", files.config.get("add_prefix_space")
     if not file.is_file():
         assert files.spec is not None, "TokenizerFiles.open refuses a folder with neither"
-        return _Learnt("llama", "default", pieces.scored(files.spec), [], pieces.prepends_space(files.spec))
+        prefix, notes = pieces.prepends_space(files.spec), _prefix_note(files.spec)
+        return _Learnt("llama", "default", pieces.scored(files.spec), [], prefix, notes)
     model = read_sentencepiece(file)
     prefix = pieces.prepends_space(files.spec) if files.spec is not None else model.adds_space_prefix
     if files.spec is None and isinstance(explicit, bool):
         prefix = explicit
     note = "tokenizer.model normalizes unusual characters (full-width ones, for example), llama.cpp does not."
-    notes = (note,) if model.normalizes else ()
+    notes = ((note,) if model.normalizes else ()) + _prefix_note(files.spec or {})
     return _Learnt("llama", "default", dict(enumerate(model.pieces)), [], prefix, notes)
+
+
+def _prefix_note(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    if not pieces.prepends_space_once(spec):
+        return ()
+    return (
+        "The tokenizer puts a space before the first word of a text only; llama.cpp puts one after every "
+        "special token too, so that the words after them may become other tokens than in the checkpoint.",
+    )
 
 
 def _beyond_note(texts: Sequence[str], n_vocab: int) -> tuple[str, ...]:

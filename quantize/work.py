@@ -212,9 +212,9 @@ class Work:
     def _make(self, kind: str) -> Facts:
         out = self.file(kind)
         importance = None if self.importance is None else self.matrix_file
-        outcome = self._quantize(Order(self.source_file, out, kind, importance), kind)
+        fallbacks = self._quantize(Order(self.source_file, out, kind, importance), kind)
         types = read_types(out)
-        warning = fallback_warning(kind, outcome.fallbacks, types)
+        warning = fallback_warning(kind, fallbacks, types)
         return {"sha256": digest(out), "types": dataclasses.asdict(types), "warning": warning}
 
     def _quantize(self, order: Order, what: str):

@@ -193,6 +193,25 @@ def test_weight_beyond_float16_in_a_float16_checkpoint_keeps_its_own_type(checkp
     assert header.metadata["general.file_type"] == 1
 
 
+@pytest.mark.parametrize(
+    ("card", "problem"),
+    [
+        (b"---\nlicense: [mit\n---\n", "while parsing a flow sequence"),
+        ("---\nname: Modèle\n---\n".encode("latin-1"), "can't decode byte 0xe8"),
+        (b"---\n\x00: 1\n---\n", "special characters are not allowed"),
+    ],
+)
+def test_model_card_that_cannot_be_read_is_named_with_the_remedy(card, problem, checkpoint, refused):
+    (checkpoint / "README.md").write_bytes(card)
+    refused(InvalidCheckpoint, rf"README\.md: its front matter cannot be read .*{problem}.*remove the file")
+
+
+def test_model_card_with_numbers_for_texts_is_read(checkpoint, tmp_path):
+    (checkpoint / "README.md").write_text("---\nname: 5\nlicense: 1.0\ntags: [2]\nbase_model: 3\n---\n")
+    metadata = convert(checkpoint, tmp_path / "out.gguf").metadata
+    assert (metadata["general.name"], metadata["general.license"]) == ("5", "1.0")
+
+
 def test_quantized_checkpoint_is_refused(checkpoint, refused):
     edit(checkpoint, quantization_config={"quant_method": "gptq"})
     refused(UnsupportedConfig, r"quant_method = 'gptq'.*full-precision")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from engine.llama import Model
+from quantize.convert import convert
 from quantize.imatrix import Entry, ImportanceMatrix, InvalidMatrix
 from quantize.importance import EMBEDDING, Collector, collect
 
@@ -15,12 +16,16 @@ CHUNK = 256
 
 
 @pytest.fixture(scope="module")
-def collected(smollm2_gguf) -> ImportanceMatrix:
+def collected(smollm2_checkpoint, tmp_path_factory) -> ImportanceMatrix:
     """What we collect on the text, chunks and model that golden/make_imatrix_golden.py gave llama-imatrix."""
-    with Model.open(smollm2_gguf, vocab_only=True) as model:
-        tokens = model.tokenize((GOLDEN / "alice.txt").read_text("utf-8"))
+    source = tmp_path_factory.mktemp("f32") / "smollm2-F32.gguf"
+    convert(smollm2_checkpoint, source, dtype="F32")
+    with Model.open(source, vocab_only=True) as model:
+        tokens = model.tokenize((GOLDEN / "handbook.txt").read_text("utf-8"))
     chunks = [tokens[i : i + CHUNK] for i in range(0, len(tokens) - CHUNK + 1, CHUNK)]
-    return collect(smollm2_gguf, chunks, dataset="alice.txt", n_threads=2)
+    matrix = collect(source, chunks, dataset="handbook.txt", n_threads=2)
+    source.unlink()  # half a gigabyte
+    return matrix
 
 
 def test_sums_equal_llama_imatrix_for_every_tensor(collected):
@@ -47,7 +52,7 @@ def test_file_reads_back_and_has_the_layout_llama_quantize_wants(collected, tmp_
     path = tmp_path / "imatrix.gguf"
     collected.write(path)
     again = ImportanceMatrix.read(path)
-    assert again.datasets == ("alice.txt",)
+    assert again.datasets == ("handbook.txt",)
     assert (again.n_chunks, again.chunk_size) == (collected.n_chunks, CHUNK)
     for name, entry in collected.entries.items():
         np.testing.assert_allclose(again.entries[name].means(), entry.means(), rtol=1e-6)

@@ -20,7 +20,7 @@ from filelock import FileLock
 from models.errors import ModelsError
 from models.store import Store
 from quantize import pipeline
-from quantize.child import OutputNotWritten
+from quantize.disk import DiskFull
 from quantize.errors import QuantizeError
 from quantize.imatrix import ImportanceMatrix
 from quantize.pipeline import FolderBusy, run
@@ -159,7 +159,7 @@ def test_interrupted_at_every_step_and_midway_it_resumes_there_and_ends_the_same
     assert stopped["quantizing Q8_0"] == stopped["predicting with the source"] == 2
     assert max(Counter(made).values()) == 1
     assert not list(out.rglob("*.partial"))
-    assert set(hashes(out)) == set(hashes(finished))
+    assert hashes(out) == hashes(finished)
     assert (out / "report.md").exists()
 
 
@@ -206,7 +206,7 @@ def test_full_disk_says_what_to_do_and_loses_nothing(copy, asked, monkeypatch, m
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "write_text", full)
-        with pytest.raises(OutputNotWritten, match=r"could not write .*report.md: No space left.*--out"):
+        with pytest.raises(DiskFull, match=r"could not write .*report.md: No space left.*--out"):
             run(dataclasses.replace(asked, out=copy))
     run(dataclasses.replace(asked, out=copy))
     assert made == []

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from models.atomic import partial_name
 from models.errors import ModelsError
+from models.store import Store
 from quantize import work
 from quantize.calibrate import NoUsableText
 from quantize.families.supported import UnsupportedArchitecture
 from quantize.frame import CannotConverse
 from quantize.pipeline import run
 from quantize.settings import Settings
+from quantize.source import UnusableSource, digest, find
 
 
 @pytest.fixture
@@ -92,3 +95,65 @@ def test_what_a_conversion_must_say_is_in_the_report(asked, checkpoint, tmp_path
     )
     assert any("a window of 128 tokens" in warning for warning in run(settings).warnings)
     assert "a window of 128 tokens" in (settings.out / "report.md").read_text("utf-8")
+
+
+def test_the_checkpoints_own_folder_may_hold_the_results_and_a_rerun_does_nothing(asked, checkpoint, made):
+    source = dataclasses.replace(asked.source, path=checkpoint)
+    settings = dataclasses.replace(
+        asked, source=source, out=checkpoint, types=("Q4_0",), calibration="none", eval_text=ALICE
+    )
+    run(settings)
+    assert "source" in made
+    made.clear()
+    run(settings)
+    assert made == []
+
+
+def test_what_a_conversion_reads_changes_the_digest_and_nothing_else_does(checkpoint):
+    seen = {digest(checkpoint)}
+    (checkpoint / "imatrix.gguf").write_bytes(b"x")
+    (checkpoint / "report.md").write_text("x")
+    (checkpoint / "training.py").write_text("x")
+    assert digest(checkpoint) in seen
+    (checkpoint / "additional_chat_templates").mkdir()
+    for name in ("README.md", "generation_config.json", "additional_chat_templates/tools.jinja"):
+        (checkpoint / name).write_text("{}")
+        assert digest(checkpoint) not in seen, name
+        seen.add(digest(checkpoint))
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    assert digest(checkpoint) not in seen
+
+
+def test_files_of_other_programs_are_left_alone(asked, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".rsync-of-mine.partial").write_text("precious")
+    left = out / f"{partial_name('tiny-Q4_0.gguf')}"
+    left.write_text("by a run that was killed")
+    run(dataclasses.replace(asked, out=out, types=("Q4_0",), calibration="none"))
+    assert (out / ".rsync-of-mine.partial").read_text() == "precious"
+    assert not left.exists()
+
+
+@pytest.mark.parametrize(
+    ("origin", "base"),
+    [
+        ("hf:org/x", "org/x"),
+        ("hf:org/x@v1", "org/x"),
+        ("hf:org/x-GGUF:BF16", "org/x-GGUF"),
+        ("hf:org/x/F16.gguf@main", "org/x"),
+        ("file:/somewhere/x", None),
+    ],
+)
+def test_the_base_model_is_a_repository(origin, base, asked, tmp_path):
+    store = Store(tmp_path / "home")
+    store.add(asked.source.path, name="x", source=origin)
+    assert find("x", store=store).base_model == base
+
+
+def test_a_reference_whose_name_is_taken_says_how_to_store_it(asked, tmp_path):
+    store = Store(tmp_path / "home")
+    store.add(asked.source.path, name="x")
+    with pytest.raises(UnusableSource, match=r"already, from file:.*`lq pull hf:org/x --name N`"):
+        find("hf:org/x", store=store)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from models.gguf import read_header
-from quantize.child import OutputNotWritten, QuantizeCallFailed, plan, quantize
+from quantize.child import QuantizeCallFailed, quantize
 from quantize.convert import convert
+from quantize.disk import DiskFull
 from quantize.errors import QuantizeError
 from quantize.typemap import fallback_warning, read_types
 from quantize.types import (
@@ -97,10 +98,12 @@ for name in FTYPES:
 
 def test_file_holds_the_type_and_progress_names_every_tensor(wide_gguf, tmp_path):
     out, seen = tmp_path / "model.gguf", []
-    outcome = quantize(Order(wide_gguf, out, "Q4_K_M", n_threads=1), progress=lambda *step: seen.append(step))
+    fallbacks = quantize(
+        Order(wide_gguf, out, "Q4_K_M", n_threads=1), progress=lambda *step: seen.append(step)
+    )
     header = read_header(out)
     assert {t.type.name for t in header.tensors} == {"Q4_K", "Q6_K", "F32"}
-    assert outcome.fallbacks == ()
+    assert fallbacks == ()
     assert [number for number, _, _ in seen] == list(range(1, len(header.tensors) + 1))
     assert {name for _, _, name in seen} == {tensor.name for tensor in header.tensors}
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
@@ -108,18 +111,17 @@ def test_file_holds_the_type_and_progress_names_every_tensor(wide_gguf, tmp_path
 
 def test_rows_that_do_not_fit_fall_back_and_are_told(narrow_gguf, tmp_path):
     out = tmp_path / "model.gguf"
-    outcome = quantize(Order(narrow_gguf, out, "Q4_K_M", n_threads=1))
+    fallbacks = quantize(Order(narrow_gguf, out, "Q4_K_M", n_threads=1))
     types = read_types(out)
     assert {share.type for share in types.shares} >= {"Q5_0", "Q8_0"}
     assert types.bits_per_weight == pytest.approx(
         8 * sum(s.size_bytes for s in types.shares) / types.n_parameters
     )
-    warning = fallback_warning("Q4_K_M", outcome.fallbacks, types)
+    warning = fallback_warning("Q4_K_M", fallbacks, types)
     assert warning is not None
     assert "rows of 64, 96 values" in warning
     assert "Q4_K -> Q5_0" in warning
     assert f"{types.bits_per_weight:.2f} bits per weight" in warning
-    assert plan(Order(narrow_gguf, out, "Q4_K_M")).fallbacks == outcome.fallbacks
 
 
 def test_an_abort_inside_llama_cpp_is_an_error_here(wide_gguf, tmp_path):
@@ -152,7 +154,7 @@ def test_interrupt_stops_the_child_and_removes_the_partial_file(wide_gguf, tmp_p
 def test_full_disk_is_said_with_the_remedy_and_leaves_the_old_file(wide_gguf, tmp_path):
     out = tmp_path / "model.gguf"
     out.write_bytes(b"what was there")
-    with files_up_to(1 << 20), pytest.raises(OutputNotWritten, match=r"could not write .*MB free.*--out"):
+    with files_up_to(1 << 20), pytest.raises(DiskFull, match=r"could not write .*MB free.*--out"):
         quantize(Order(wide_gguf, out, "Q8_0", n_threads=1))
     assert out.read_bytes() == b"what was there"
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]

@@ -9,6 +9,7 @@ from gguf import TokenType
 
 from quantize.convert import convert
 from quantize.general import fitting_name
+from quantize.pieces import UnsupportedTokenizer
 from quantize.pretokenizer import UnknownPretokenizer
 from quantize.sentencepiece_model import InvalidSentencePiece, read_sentencepiece
 from quantize.special_tokens import UnsupportedTemplate
@@ -147,8 +148,13 @@ def test_rule_is_recognised_when_the_vocabulary_is_not(folder):
 
 def test_unknown_rule_is_refused_and_pre_names_it(folder):
     path = folder("qwen2_5")
-    rule = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    letters = {"type": "Split", "pattern": {"String": "e"}, "behavior": "Isolated", "invert": False}
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    rule = {"type": "Sequence", "pretokenizers": [letters, to_bytes]}
     change(path / "tokenizer.json", pre_tokenizer=rule)
+    with pytest.raises(UnknownPretokenizer, match=r"unknown rule .*; name the rule with --pre.* qwen2"):
+        read(path, n_vocab=151_936)
+    assert read(path, n_vocab=151_936, pre="qwen2").pre == "qwen2"
     with pytest.raises(UnknownPretokenizer, match="--pre qwen9 is no rule"):
         read(path, n_vocab=151_936, pre="qwen9")
 
@@ -206,6 +212,36 @@ def test_chat_template_is_found_in_each_of_its_places(folder):
     (path / "additional_chat_templates").mkdir()
     (path / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     assert [one["name"] for one in read(path).chat_template or []] == ["default", "tool_use"]
+
+
+def test_padding_and_truncation_saved_with_a_tokenizer_change_nothing(folder, tokenizer_dir):
+    path = folder("qwen2_5")
+    padding = {"strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 151_643, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    change(path / "tokenizer.json", padding=padding, truncation=truncation)
+    plain, saved = read(tokenizer_dir("qwen2_5"), n_vocab=151_936), read(path, n_vocab=151_936)
+    assert (saved.pre, saved.special) == (plain.pre, plain.special)
+
+
+def test_post_processor_that_does_not_keep_the_text_is_refused(folder):
+    path = folder("llama2")
+    begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    processor = {"type": "TemplateProcessing", "single": [begin], "pair": [begin]}
+    processor["special_tokens"] = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+    change(path / "tokenizer.json", post_processor=processor)
+    with pytest.raises(UnsupportedTokenizer, match="its post-processor turns"):
+        read(path)
+
+
+@pytest.mark.parametrize(("scheme", "noted"), [("first", True), ("always", False), ("never", False)])
+def test_space_before_the_first_word_only_is_noted(scheme, noted, folder):
+    path = folder("llama2")
+    step = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    change(path / "tokenizer.json", normalizer=None, pre_tokenizer=step)
+    vocabulary = read(path)
+    assert vocabulary.adds_space_prefix is (scheme != "never")
+    assert any("after every special token too" in note for note in vocabulary.notes) is noted
 
 
 def test_tokens_beyond_the_embedding_are_left_out_and_noted(folder):
