@@ -5,6 +5,7 @@ Owns opening, searching and checking; `ingest` fills it. Knows nothing of stores
 
 import re
 import threading
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ class Collection:
         self._lock = threading.Lock()
         self._database: Database | None = None
         self._index: VectorIndex | None = None
+        self._file: tuple[int, int] | None = None  # the one that is open
 
     @classmethod
     def open(cls, directory: Path) -> "Collection":
@@ -87,16 +89,13 @@ class Collection:
             raise RagError(f"k is {k}: ask for at least 1 passage")
         with self._lock:
             self._checked(embedder)
+        question = unicodedata.normalize("NFC", question)  # as documents are
         query = embedder.queries([question])[0]
         with self._lock:
             settings = self._checked(embedder)
             database, index = self._open(), self._current(settings)
             with database.reading():
-                found = retrieve.candidates(
-                    question, query, database=database, index=index, settings=settings, k=k
-                )
-                weight = retrieve.vector_weight(question, settings)
-                return passages.read(database, retrieve.rank(found, weight=weight), k)
+                return _best(question, query, database=database, index=index, settings=settings, k=k)
 
     def info(self) -> CollectionInfo:
         with self._lock:
@@ -131,23 +130,28 @@ class Collection:
 
     def close(self) -> None:
         with self._lock:
-            if self._database is not None:
-                self._database.close()
-            self._database = self._index = None
+            self._forget()
+
+    def _forget(self) -> None:
+        if self._database is not None:
+            self._database.close()
+        self._database = self._index = self._file = None
 
     def _open(self) -> Database:
         path = self.directory / FILE_NAME
         if self._database is None:
             if not path.is_file():
                 raise UnknownCollection(self.directory.name, names(self.directory.parent))
+            self._file = _identity(path)
             self._database = Database(path)
         return self._database
 
     def _settings(self) -> Settings:
+        if self._database is not None and _identity(self.directory / FILE_NAME) != self._file:
+            self._forget()  # deleted, and maybe indexed again
         settings = self._open().settings()
         if settings is None:  # its creation was interrupted: nothing was indexed
-            self._open().close()
-            self._database = None
+            self._forget()
             raise UnknownCollection(self.directory.name, names(self.directory.parent))
         return settings
 
@@ -164,6 +168,31 @@ class Collection:
             name = self.directory.name
             raise OtherEmbedder(name, roots, settings, given=embedder.name, mark=embedder.fingerprint)
         return settings
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another under the same name; None when there is none."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino
+
+
+def _best(
+    question: str, query: np.ndarray, *, database: Database, index: VectorIndex, settings: Settings, k: int
+) -> list[Passage]:
+    """The k best passages; looks further while copies of one text leave fewer."""
+    weight = retrieve.vector_weight(question, settings)
+    pool, most = max(retrieve.POOL, 4 * k), max(len(index), database.count("chunks"))
+    while True:
+        found = retrieve.candidates(
+            question, query, database=database, index=index, settings=settings, pool=pool
+        )
+        best = passages.read(database, retrieve.rank(found, weight=weight), k)
+        if len(best) == k or pool >= most:
+            return best
+        pool *= 4
 
 
 def directory_of(root: Path, name: str) -> Path:

@@ -4,6 +4,7 @@ Candidates come from the vector index and from FTS5; each gets its exact cosine 
 BM25, and one weighted sum ranks them. Knows rows, not files on disk.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,12 +15,13 @@ from rag.settings import Settings
 from rag.store import Database
 from rag.vectors import VectorIndex
 
-#: Candidates that each side brings at least.
+#: Candidates that each side brings at first; more where copies of one text crowd out the others.
 POOL = 60
 #: Share of the vector side; chosen by nDCG@10 on Cranfield (benchmarks/cranfield.py, docs/log.md).
 VECTOR_WEIGHT = 0.8
 #: A heading's words count more than the body's.
 HEADING_WEIGHT = 1.5
+_LISTED = "SELECT value FROM json_each(?)"  # any number of ids; SQLite bounds the number of `?`
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,9 @@ class Candidate:
 
 
 def candidates(
-    question: str, query: np.ndarray, *, database: Database, index: VectorIndex, settings: Settings, k: int
+    question: str, query: np.ndarray, *, database: Database, index: VectorIndex, settings: Settings, pool: int
 ) -> list[Candidate]:
-    """Chunks near the question or sharing a word with it, in no order."""
-    pool = max(POOL, 4 * k)
+    """Chunks near the question or sharing a word with it, in no order; each side brings `pool` at most."""
     words = _lexical(database, lexical.match(question, settings.lexical), pool)
     near = [window for window, _ in index.search(query, pool)] if len(index) else []
     chunk_ids = set(words) | set(_chunks_of(database, near))
@@ -77,13 +78,12 @@ def _lexical(database: Database, expression: str | None, limit: int) -> dict[int
 
 
 def _chunks_of(database: Database, windows: Sequence[int]) -> list[int]:
-    marks = ", ".join("?" * len(windows))
-    query = f"SELECT DISTINCT chunk_id FROM windows WHERE id IN ({marks})"
-    return [row[0] for row in database.rows(query, windows)]
+    query = f"SELECT DISTINCT chunk_id FROM windows WHERE id IN ({_LISTED})"
+    return [row[0] for row in database.rows(query, [json.dumps(windows)])]
 
 
 def _windows_of(database: Database, chunks: Sequence[int]) -> dict[int, tuple[int, tuple[int, int]]]:
     """Window id -> (chunk id, character span)."""
-    marks = ", ".join("?" * len(chunks))
-    query = f"SELECT id, chunk_id, first, last FROM windows WHERE chunk_id IN ({marks})"
-    return {row[0]: (row[1], (row[2], row[3])) for row in database.rows(query, chunks)}
+    query = f"SELECT id, chunk_id, first, last FROM windows WHERE chunk_id IN ({_LISTED})"
+    rows = database.rows(query, [json.dumps(chunks)])
+    return {row[0]: (row[1], (row[2], row[3])) for row in rows}

@@ -2,11 +2,13 @@
 
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -95,7 +97,49 @@ def test_an_open_collection_sees_what_a_later_run_commits(collection, home, fold
     assert "pay.md" not in files
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "manifest", "stale"])
+def test_copies_of_one_text_leave_room_for_others(home, folder, embedder):
+    for number in range(300):
+        (folder / f"copy{number}.txt").write_text("The submarine is yellow, submarine.", "utf-8")
+    (folder / "one.txt").write_text("A submarine dives.", "utf-8")
+    (folder / "two.txt").write_text("Nobody saw the submarine.", "utf-8")
+    index(home, [folder], embedder=embedder)
+    collection = Collection.open(home)
+    found = collection.search("yellow submarine", k=5, embedder=embedder)
+    assert {"one.txt", "two.txt"} < {passage.file for passage in found}
+    assert len({passage.text for passage in found}) == 5
+    assert len(collection.search("yellow submarine", k=40_000, embedder=embedder)) > 5
+    collection.close()
+
+
+def test_a_decomposed_question_finds_composed_text(home, folder, embedder):
+    (folder / "leave.txt").write_text("육아휴직은 열두 달입니다.", "utf-8")
+    index(home, [folder], embedder=embedder)
+    collection = Collection.open(home)
+    question = "육아휴직은 열두 달입니까"
+    composed = collection.search(question, k=3, embedder=embedder)
+    assert composed[0].file == "leave.txt"
+    assert collection.search(unicodedata.normalize("NFD", question), k=3, embedder=embedder) == composed
+    collection.close()
+
+
+def test_an_open_collection_that_is_deleted_is_gone_and_one_indexed_again_is_read(home, folder, embedder):
+    collection = Collection.open(home)
+    collection.search("salary", k=1, embedder=embedder)
+    shutil.rmtree(home)
+    with pytest.raises(UnknownCollection):
+        collection.search("salary", k=1, embedder=embedder)
+    (folder / "pay.md").unlink()
+    index(home, [folder], embedder=embedder)
+    collection.search("salary", k=1, embedder=embedder)
+    shutil.rmtree(home)
+    (folder / "boats.txt").write_text("Boats float on water.", "utf-8")
+    index(home, [folder], embedder=embedder)
+    assert collection.search("boats water", k=1, embedder=embedder)[0].file == "boats.txt"
+    assert collection.info().n_files == 3
+    collection.close()
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "manifest", "list", "stale"])
 def test_a_lost_or_damaged_generation_changes_no_answer_and_is_repaired(home, embedder, damage):
     expected = Collection.open(home).search("salary rule 2", k=5, embedder=embedder)
     (generation,) = home.glob("vectors-*.faiss")
@@ -108,6 +152,8 @@ def test_a_lost_or_damaged_generation_changes_no_answer_and_is_repaired(home, em
         generation.write_bytes(data[:-100] + bytes(byte ^ 255 for byte in data[-100:]))
     elif damage == "manifest":
         (home / "vectors.json").write_text("{")
+    elif damage == "list":
+        (home / "vectors.json").write_text("[1]")
     else:
         with sqlite3.connect(home / "collection.sqlite") as sql:
             sql.execute("UPDATE meta SET value = value + 1 WHERE key = 'change'")
