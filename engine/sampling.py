@@ -52,7 +52,9 @@ class Sampler:
             if self._grammar is None:
                 self.close()
                 raise InvalidRequest(
-                    "grammar: llama.cpp cannot parse it; check it is GBNF with a `root` rule", field="grammar"
+                    "grammar: llama.cpp cannot parse it; check it is GBNF with a `root` rule, that every "
+                    "rule it names is there, and that none begins with itself",
+                    field="grammar",
                 )
         if self._chain is not None and _penalises(sampling):
             for token in prompt[-_look_back(sampling, len(prompt)) :]:

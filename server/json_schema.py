@@ -6,6 +6,8 @@ allows more. Keywords that cannot be kept are refused by name; size and depth ar
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from server.errors import BadRequest
@@ -36,6 +38,7 @@ def to_grammar(schema: dict[str, Any], *, place: str) -> str:
     """The grammar of a schema; raises BadRequest naming the path of what cannot be kept."""
     converter = _Converter(schema, place)
     converter.rules["root"] = converter.visit(schema, place, 0)
+    converter.check_references()
     return text(converter.rules)
 
 
@@ -46,6 +49,25 @@ class _Converter:
         self.rules: dict[str, str] = {}
         self._references: dict[str, str] = {}
         self._nodes = 0
+        self._within: str | None = None  # the reference whose beginning is visited; None inside brackets
+        self._leads: dict[str, dict[str, str]] = {}  # reference -> those it may begin with, and their places
+
+    def check_references(self) -> None:
+        """Refuse references that lead to themselves with no object or array between: llama.cpp cannot."""
+        ended: set[str] = set()
+        for first in self._leads:
+            path = [first]
+            while path:
+                onward = next((one for one in self._leads.get(path[-1], {}) if one not in ended), None)
+                if onward in path:
+                    place = self._leads[path[-1]][onward]
+                    chain = " -> ".join(repr(one[:100]) for one in [*path[path.index(onward) :], onward][:5])
+                    problem = f"{chain} refers to itself with no object or array between"
+                    raise BadRequest(f"{place}.$ref: {problem}", param=f"{place}.$ref")
+                if onward is None:
+                    ended.add(path.pop())
+                else:
+                    path.append(onward)
 
     def named(self, expression: str) -> str:
         """A rule's name for what is written more than once, so that nesting never multiplies it."""
@@ -86,10 +108,10 @@ class _Converter:
         return parts[0] if len(parts) == 1 else f"({' | '.join(parts)})"
 
     def _of_kind(self, kind: str, schema: dict[str, Any], place: str, depth: int) -> str:
-        if kind == "object":
-            return self._object(schema, place, depth)
-        if kind == "array":
-            return self._array(schema, place, depth)
+        if kind in ("object", "array"):
+            with self._beginning(None):
+                build = self._object if kind == "object" else self._array
+                return build(schema, place, depth)
         if kind == "string" and schema.keys() & KEYWORDS["string"]:
             low, high = _bounds(schema, "minLength", "maxLength", place)
             return f'"\\"" char{_repeat(low, high)} "\\""'
@@ -153,6 +175,8 @@ class _Converter:
     def _reference(self, reference: Any, place: str, depth: int) -> str:
         if not isinstance(reference, str):
             raise BadRequest(f"{place}.$ref: must be text such as '#/$defs/name'", param=f"{place}.$ref")
+        if self._within is not None:
+            self._leads.setdefault(self._within, {}).setdefault(reference, place)
         if reference in self._references:
             return self._references[reference]
         target: Any = self.root
@@ -166,11 +190,18 @@ class _Converter:
             raise BadRequest(f"{place}.$ref: {problem}", param=f"{place}.$ref")
         name = f"ref{len(self._references)}"
         self._references[reference] = name
-        self.rules[name] = self.visit(target, f"{self.place}({reference[:100]})", depth + 1)
-        if self.rules[name] == name:
-            problem = f"{reference[:100]!r} refers to itself alone"
-            raise BadRequest(f"{place}.$ref: {problem}", param=f"{place}.$ref")
+        with self._beginning(reference):
+            self.rules[name] = self.visit(target, f"{self.place}({reference[:100]})", depth + 1)
         return name
+
+    @contextmanager
+    def _beginning(self, reference: str | None) -> Iterator[None]:
+        """While the parts that a reference may begin with are visited, or those inside brackets (None)."""
+        outside, self._within = self._within, reference
+        try:
+            yield
+        finally:
+            self._within = outside
 
 
 def _kinds(schema: dict[str, Any], place: str) -> list[str]:

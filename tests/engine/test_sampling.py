@@ -171,8 +171,11 @@ def test_a_grammar_that_nothing_can_continue_fails_the_request_alone(context, in
     sampler.close()
 
 
+LEFT_RECURSIVE = ("root ::= a\na ::= b\nb ::= a", 'root ::= [x]? root "a" | "b"')
+
+
 def test_a_grammar_that_does_not_parse_is_refused(context):
-    for grammar in ("root ::= undefined", "start ::= 'x'", 'root ::= "a', "root ::= root"):
+    for grammar in ("root ::= undefined", "start ::= 'x'", 'root ::= "a', "root ::= root", *LEFT_RECURSIVE):
         with pytest.raises(InvalidRequest) as caught:
             Sampler(context, Sampling(grammar=grammar), prompt=(1,))
         assert caught.value.field == "grammar"

@@ -174,7 +174,6 @@ def test_any_object_is_an_object():
         ({"type": "string", "maxLength": 10**9}, "schema.maxLength"),
         ({"$ref": "#/$defs/none"}, "schema.$ref"),
         ({"$ref": "http://x/y"}, "schema.$ref"),
-        ({"$ref": "#"}, "schema.$ref"),
         ({"enum": []}, "schema.enum"),
         ({"anyOf": {}}, "schema.anyOf"),
         ({"items": 3, "type": "array"}, "schema.items"),
@@ -196,6 +195,68 @@ def test_what_cannot_be_kept_is_refused_with_its_path(schema, param):
     with pytest.raises(BadRequest) as error:
         to_grammar(schema, place="schema")
     assert error.value.param == param
+
+
+def of(first, **definitions):
+    """A schema with these $defs."""
+    return first | {"$defs": definitions}
+
+
+def ref(name):
+    return {"$ref": f"#/$defs/{name}"}
+
+
+#: b is met in an array first, where a may stand; later it may begin a.
+CROSSED = of(
+    ref("a"),
+    a={"anyOf": [{"type": "array", "items": ref("b")}, ref("b")]},
+    b={"anyOf": [ref("a"), {"type": "null"}]},
+)
+
+
+@pytest.mark.parametrize(
+    ("schema", "param", "chain"),
+    [
+        ({"$ref": "#"}, "schema(#).$ref", "'#' -> '#'"),
+        (
+            of(ref("a"), a=ref("b"), b=ref("a")),
+            "schema(#/$defs/b).$ref",
+            "'#/$defs/a' -> '#/$defs/b' -> '#/$defs/a'",
+        ),
+        ({"anyOf": [{"$ref": "#"}, {"type": "null"}]}, "schema(#).anyOf[0].$ref", "'#' -> '#'"),
+        ({"anyOf": [{"type": "null"}, {"anyOf": [{"$ref": "#"}]}]}, "schema(#).anyOf[1].anyOf[0].$ref", "#"),
+        ({"type": "array", "items": of(ref("a")) | {"$ref": "#/items"}}, "schema(#/items).$ref", "'#/items'"),
+        (CROSSED, "schema(#/$defs/a).anyOf[1].$ref", "'#/$defs/b' -> '#/$defs/a' -> '#/$defs/b'"),
+    ],
+)
+def test_references_that_begin_with_themselves_are_refused_with_their_path(schema, param, chain):
+    with pytest.raises(BadRequest, match="refers to itself with no object or array between") as error:
+        to_grammar(schema, place="schema")
+    assert error.value.param == param
+    assert chain in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        (of({"type": "array", "items": {"$ref": "#"}}), [[], [[], [[]]]], [[1]]),
+        ({"anyOf": [{"type": "null"}, {"type": "array", "items": {"$ref": "#"}}]}, [None, [None, []]], [1]),
+        (of(ref("a"), a=ref("b"), b=ref("c"), c={"type": "integer"}), [3], ["3"]),
+        (
+            of(
+                ref("a"),
+                a={"anyOf": [{"type": "array", "items": ref("b")}, {"type": "null"}]},
+                b={"anyOf": [ref("a"), {"type": "array", "items": ref("b")}]},
+            ),
+            [None, [None], [[None], []]],
+            [1, [1]],
+        ),
+    ],
+)
+def test_references_that_come_back_inside_brackets_are_taken(schema, good, bad):
+    matcher = grammar(schema)
+    assert all(matcher.matches(json.dumps(value)) for value in good)
+    assert not any(matcher.matches(json.dumps(value)) for value in bad)
 
 
 def test_depth_is_bounded():
