@@ -34,7 +34,7 @@ class Passage:
 
     @property
     def rows(self) -> np.ndarray:
-        """Rows of the logits that predict the positions."""
+        """The tokens after which the positions are predicted."""
         return np.array(self.positions) - 1
 
 
@@ -82,7 +82,7 @@ def write_reference(
             raise NoRoomForReference(out.parent, needed, free)
         with whole(out) as partial, partial.open("wb") as file:
             for text, logits in _logits(context, texts, progress):
-                file.write(log_softmax(logits[text.rows]).tobytes())
+                file.write(log_softmax(logits).tobytes())
 
 
 def measure(
@@ -101,7 +101,7 @@ def measure(
         stored = np.memmap(reference, np.float32, "r").reshape(-1, n_vocab)
         for text, logits in _logits(context, texts, progress):
             end = start + len(text.positions)
-            scores.append(score(stored[start:end], logits[text.rows], text.targets))
+            scores.append(score(stored[start:end], logits, text.targets))
             start = end
     return summarise(scores)
 
@@ -119,10 +119,10 @@ def _opened(path: Path, texts: Sequence[Passage], backend: Backend) -> Iterator[
 def _logits(
     context: Context, texts: Sequence[Passage], progress: Progress | None
 ) -> Iterator[tuple[Passage, np.ndarray]]:
-    """Each passage with its (tokens, n_vocab) logits."""
+    """Each passage with the (positions, n_vocab) logits that predict its scored positions."""
     total, done = sum(len(text.tokens) for text in texts), 0
     for text in texts:
-        yield text, evaluate(context, text.tokens)
+        yield text, evaluate(context, text.tokens, outputs=text.rows)
         done += len(text.tokens)
         if progress:
             progress(done, total)

@@ -74,6 +74,19 @@ def test_logits_do_not_depend_on_how_the_text_is_cut_into_calls(model, context):
     assert (whole.argmax(1) == parts.argmax(1)).mean() > 0.9
 
 
+@pytest.mark.parametrize("n_batch", [5, 64])
+def test_only_the_outputs_that_are_asked_for_are_computed_and_they_are_the_same(model, n_batch):
+    tokens = model.tokenize(TEXT)
+    some = [0, 3, 4, 5, len(tokens) - 1]
+    with Context.open(model, n_ctx=256, n_batch=n_batch, n_threads=1) as context:
+        whole = evaluate(context, tokens)
+        few = evaluate(context, tokens, outputs=some)
+        assert few.shape == (5, model.n_vocab)
+        assert np.abs(few - whole[some]).max() < 0.1
+        assert few.argmax(1).tolist() == whole[some].argmax(1).tolist()
+        assert evaluate(context, tokens, outputs=[]).shape == (0, model.n_vocab)
+
+
 def test_evaluate_starts_from_an_empty_memory_every_time(model, context):
     tokens = model.tokenize(TEXT)
     first = evaluate(context, tokens)
