@@ -81,7 +81,7 @@ def write_reference(
         if needed > free:
             raise NoRoomForReference(out.parent, needed, free)
         with whole(out) as partial, partial.open("wb") as file:
-            for text, logits in _logits(context, texts, progress):
+            for _, logits in _logits(context, texts, progress):
                 file.write(log_softmax(logits).tobytes())
 
 
