@@ -19,13 +19,16 @@ from models.lora import Adapter, AdapterMismatch, Factors
 ARCHITECTURES = frozenset({"llama", "qwen2", "qwen3", "gemma3", "phi3"})
 _PERMUTED = frozenset({"llama"})
 _EMBEDDING, _HEAD = "token_embd", "output"
+#: The way out for models that `lq quantize` cannot merge into either.
+_GGUF_ADAPTER = "give a GGUF adapter, such as llama.cpp's convert_lora_to_gguf.py writes"
 
 
 class NotConvertible(ModelsError):
     """An adapter that llama.cpp could not apply, or not faithfully."""
 
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}; merge it into the model with `lq quantize SOURCE --lora {path}`")
+    def __init__(self, path: Path, reason: str, *, remedy: str | None = None) -> None:
+        merge = f"merge it into its checkpoint instead: `lq quantize CHECKPOINT --lora {path} --out DIR`"
+        super().__init__(f"{path}: {reason}; {remedy or merge}")
 
 
 def convert_adapter(adapter_path: Path, base: Header, out: Path) -> Path:
@@ -57,6 +60,7 @@ def _refuse(adapter: Adapter, base: Header) -> None:
             adapter.path,
             f"adapters for the architecture {base.architecture!r} are not converted, only for "
             f"{', '.join(sorted(ARCHITECTURES))}",
+            remedy=_GGUF_ADAPTER,
         )
     if adapter.config.use_dora:
         raise NotConvertible(adapter.path, "a DoRA adapter (use_dora) cannot be applied while serving")
@@ -131,7 +135,9 @@ def _heads(base: Header, *, key: bool) -> int:
     heads = base.hyperparameter("attention.head_count_kv") or heads if key else heads
     if not isinstance(heads, int):
         raise NotConvertible(
-            base.path, f"attention.head_count is {heads!r}, one number for all layers is needed"
+            base.path,
+            f"attention.head_count is {heads!r}, one number for all layers is needed",
+            remedy=_GGUF_ADAPTER,
         )
     return heads
 

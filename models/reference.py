@@ -37,10 +37,10 @@ class InvalidReference(ModelsError):
 class InvalidName(ModelsError):
     """A store name that could leave the store or confuse a shell."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, hint: str = "") -> None:
         super().__init__(
             f"{name!r} is not a name for the store: use 1 to 128 letters, digits, '.', '_', '+' or '-', "
-            "beginning with a letter or digit (give one with --name)"
+            f"beginning with a letter or digit{hint}"
         )
 
 
@@ -111,11 +111,16 @@ class LocalReference:
 Reference = HubReference | PackageReference | LocalReference
 
 
-def check_name(name: str) -> str:
-    """The name itself when it is safe as a folder name."""
+def check_name(name: str, *, hint: str = "") -> str:
+    """The name itself when it is safe as a folder name; `hint` ends the message when it is not."""
     if not NAME.fullmatch(name) or ".." in name or name.endswith("."):
-        raise InvalidName(name)
+        raise InvalidName(name, hint=hint)
     return name
+
+
+def new_name(given: str | None, default: str) -> str:
+    """The name of a new entry, given or a reference's own."""
+    return check_name(default, hint="; give one with --name") if given is None else check_name(given)
 
 
 def parse(text: str) -> Reference | None:
@@ -150,7 +155,10 @@ def _parse_package(text: str, rest: str) -> PackageReference:
     match = _PACKAGE.fullmatch(rest)
     if not match:
         raise InvalidReference(text, "not of the form pypi:PACKAGE==VERSION#MEMBER, version pinned")
-    options = dict(parse_qsl(match["options"] or "", keep_blank_values=True))
+    pairs = parse_qsl(match["options"] or "", keep_blank_values=True)
+    options = dict(pairs)
+    if len(options) < len(pairs):
+        raise InvalidReference(text, "an option is given twice")
     if unknown := options.keys() - {"sha256", "file"}:
         raise InvalidReference(text, f"unknown option {sorted(unknown)[0]!r}, known are sha256 and file")
     sha256 = options.get("sha256")
@@ -190,4 +198,8 @@ def _numbered(member: str, number: int) -> str:
 def _parse_local(text: str, path: str) -> LocalReference:
     if not path:
         raise InvalidReference(text, "the path is empty")
+    if re.match(r"https?:", text):
+        raise InvalidReference(text, "URLs are not fetched; download the file and give its path")
+    if re.search(r"\?(sha256|file)=", path) and not Path(path).expanduser().exists():
+        raise InvalidReference(text, "?sha256= and ?file= belong to pypi: references, this one is a path")
     return LocalReference(text, Path(path).expanduser().absolute())

@@ -33,28 +33,33 @@ class FetchFailed(ModelsError):
 
 
 class DiskFull(ModelsError):
-    """No space left; what was fetched so far is kept for a rerun."""
+    """No space left; what was fetched so far is kept for a rerun. `variable` moves the folder elsewhere."""
 
     def __init__(
-        self, folder: Path, *, needed_bytes: int | None = None, free_bytes: int | None = None
+        self,
+        folder: Path,
+        *,
+        needed_bytes: int | None = None,
+        free_bytes: int | None = None,
+        variable: str = "LQ_HOME",
     ) -> None:
         sizes = ""
         if needed_bytes is not None and free_bytes is not None:
             sizes = f" ({needed_bytes / 1e6:.0f} MB needed, {free_bytes / 1e6:.0f} MB free)"
         super().__init__(
             f"the disk that holds {folder} is full{sizes}; free some space and run the same command again, "
-            "it goes on where it stopped; or set LQ_HOME to a folder on a larger disk"
+            f"it goes on where it stopped; or set {variable} to a folder on a larger disk"
         )
 
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors(folder: Path, *, variable: str = "LQ_HOME") -> Iterator[None]:
     """Turn "no space" and "over quota" into DiskFull."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(folder) from error
+            raise DiskFull(folder, variable=variable) from error
         raise
 
 

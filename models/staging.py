@@ -5,14 +5,15 @@ act is one rename. Knows no source and no format.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from models.atomic import sync
+from models.atomic import LEFT_BEHIND, sync
+from models.manifest import FILE_NAME
 from models.source import Progress
 
 
@@ -24,20 +25,40 @@ class Stage:
 
     @property
     def content(self) -> Path:
+        """What becomes the entry."""
         return self.folder / "content"
 
     @property
     def work(self) -> Path:
+        """What the source keeps for a rerun and nobody else sees."""
         return self.folder / "work"
 
+    @property
+    def _replaced(self) -> Path:
+        return self.folder / "replaced"
+
+    def restore(self, target: Path) -> None:
+        """Put back the entry that a process was killed while replacing."""
+        if self._replaced.is_dir() and not target.exists():
+            self._replaced.rename(target)
+
     def prepare(self, source: str) -> None:
-        """Keep what an interrupted pull of the same source left; drop what another source left."""
+        """Keep the whole files that an interrupted pull of the same source left; drop all else."""
         note = self.folder / "source"
         if self.folder.exists() and not (note.exists() and note.read_text("utf-8") == source):
             shutil.rmtree(self.folder)
         self.content.mkdir(parents=True, exist_ok=True)
         self.work.mkdir(exist_ok=True)
+        for path in (self.content / FILE_NAME, *self.folder.rglob(LEFT_BEHIND)):
+            path.unlink(missing_ok=True)  # by a process that was killed; the manifest was of that run
         note.write_text(source, "utf-8")
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Drop files of the content that are not among `names`, which the source no longer has."""
+        kept = {self.content / name for name in names}
+        for path in [path for path in self.content.rglob("*") if path.is_file()]:
+            if path not in kept:
+                path.unlink()
 
     def pin(self, revision: str) -> None:
         """Keep what an interrupted pull left of this revision of the source; drop what is of another."""
@@ -54,12 +75,13 @@ class Stage:
             sync(path)
         sync(self.content)
         if target.exists():
-            target.rename(self.folder / "replaced")
+            target.rename(self._replaced)
         self.content.rename(target)
         sync(target.parent)
         shutil.rmtree(self.folder)
 
     def discard(self) -> None:
+        """Forget it all."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

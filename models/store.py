@@ -7,6 +7,7 @@ lock a name. Fetching is the sources' business, recognising formats models/kinds
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ from models.fetch import changed, fetch, parsed, source_of
 from models.gguf import read_header
 from models.manifest import BrokenManifest, FileRecord, Kind, Manifest
 from models.missing import ContentChanged, NameTaken, UnknownModel, WrongKind
-from models.reference import LocalReference, Reference, check_name
+from models.reference import LocalReference, Reference, check_name, new_name
 from models.source import Fetched, Progress, disk_errors, sha256_of, silent
 from models.staging import Stage, locked
 
@@ -98,7 +99,7 @@ class Store:
         """
         listed = catalog().get(reference)
         target = parsed(reference)
-        name = check_name(name or (listed.name if listed else target.default_name))
+        name = new_name(name, listed.name if listed else target.default_name)
         return self._put(
             name,
             target,
@@ -131,20 +132,24 @@ class Store:
             fetch(local, stage, report)
             return Fetched(source, revision, licence)
 
-        target = check_name(name or local.default_name)
+        target = new_name(name, local.default_name)
         return self._put(target, local, source, copy, kind=kind, replace=replace, progress=progress or silent)
 
-    def remove(self, name: str) -> None:
-        """Delete an entry, or what an interrupted pull of that name left."""
+    def remove(self, name: str, *, progress: Progress | None = None) -> None:
+        """Delete an entry, or what an interrupted pull of that name left; waits for a pull that goes on."""
         folder, stage = self.models / check_name(name), Stage(self.pulls / name)
-        if not folder.is_dir() and not stage.folder.is_dir():
-            raise UnknownModel(name, [entry.name for entry in self.entries()])
-        with locked(self._lock(name), what=name, progress=silent):
+        self._refuse_unknown(name)
+        with locked(self._lock(name), what=name, progress=progress or silent):
+            self._refuse_unknown(name)  # another process may have removed it meanwhile
             if folder.is_dir():
                 stage.discard()
                 stage.folder.parent.mkdir(parents=True, exist_ok=True)
                 folder.rename(stage.folder)
             shutil.rmtree(stage.folder)
+
+    def _refuse_unknown(self, name: str) -> None:
+        if not (self.models / name).is_dir() and not (self.pulls / name).is_dir():
+            raise UnknownModel(name, [entry.name for entry in self.entries()])
 
     def resolve_or_pull(self, text: str, *, progress: Progress | None = None) -> Path:
         """resolve_model, after pulling a catalogue name that is not here yet."""
@@ -154,7 +159,7 @@ class Store:
 
     def resolve_model(self, text: str) -> Path:
         """The GGUF that a store name or path means, its header checked."""
-        path = self._path_of(text, "gguf", "quantize a checkpoint first: `lq quantize NAME`")
+        path = self._path_of(text, "gguf", "quantize a checkpoint first: `lq quantize NAME --out DIR`")
         file = path if path.is_file() else kinds.first_gguf(path)
         read_header(file).require("model")
         return file
@@ -203,6 +208,7 @@ class Store:
         """Fetch into a stage and publish it, once, whoever else tries at the same time."""
         stage, target = Stage(self.pulls / name), self.models / name
         with disk_errors(self.root), locked(self._lock(name), what=name, progress=progress):
+            stage.restore(target)
             if target.exists():
                 entry = self._existing(name, source)
                 if not changed(reference, entry.manifest.files):
@@ -254,4 +260,9 @@ def _records(folder: Path, progress: Progress) -> Iterator[FileRecord]:
 
 
 def _bytes_below(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Of a folder in which another process may be at work."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total

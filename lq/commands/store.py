@@ -144,12 +144,14 @@ def remove(
     as_json: AsJson = False,
 ) -> None:
     """Remove a model, or what an interrupted pull left, from the store."""
+    from lq.progress import transfer_progress
     from models.store import Store
 
     store = Store.default()
     if not yes and on_terminal():
         typer.confirm(f"remove {name} from {store.root}?", abort=True, err=True)
-    store.remove(name)
+    with transfer_progress() as progress:
+        store.remove(name, progress=progress)
     if as_json:
         _print_json({"removed": name})
     else:

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from models.atomic import whole
 from models.kinds import NotAModel, is_inside, refuse_pickles, wanted
 from models.reference import HubReference
-from models.source import DiskFull, Fetched, FetchFailed, Progress
+from models.source import DiskFull, Fetched, FetchFailed, Progress, disk_errors
 from models.staging import Stage
 
 _T = TypeVar("_T")
+#: Moves huggingface-hub's cache, where downloads land before they are linked into the store.
+_CACHE_VARIABLE = "HF_HOME"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ def fetch(reference: HubReference, stage: Stage, progress: Progress) -> Fetched:
     names = choose(reference, listing.sizes)
     stage.pin(listing.commit)  # or a branch that moved between two runs would leave files of two commits
     sizes = {name: listing.sizes[name] or 0 for name in names}
-    _check_space(reference, listing.commit, sizes)
+    _check_space(reference, listing.commit, sizes, stage)
     done, total = 0, sum(sizes.values())
     for name in names:
         target = stage.content / (Path(name).name if name.endswith(".gguf") else name)
@@ -111,7 +114,12 @@ def _list(reference: HubReference) -> Listing:
     sizes = {entry.rfilename: entry.size for entry in info.siblings or []}
     card = info.card_data
     licence = getattr(card, "license", None) if card is not None else None
-    return Listing(commit=info.sha or "main", sizes=sizes, licence=licence if licence != "other" else None)
+    if not info.sha:
+        raise FetchFailed(
+            f"hf:{reference.repo}: the hub at {constants.ENDPOINT} names no commit, so its files "
+            "cannot be told apart from another revision's; set HF_ENDPOINT to a hub that does"
+        )
+    return Listing(commit=info.sha, sizes=sizes, licence=licence if licence != "other" else None)
 
 
 def _list_cache(reference: HubReference) -> Listing:
@@ -135,9 +143,10 @@ def _list_cache(reference: HubReference) -> Listing:
 
 
 def _download(reference: HubReference, commit: str, name: str, meter: type) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
 
-    return Path(hf_hub_download(reference.repo, name, revision=commit, tqdm_class=meter))
+    with disk_errors(Path(constants.HF_HUB_CACHE), variable=_CACHE_VARIABLE):
+        return Path(hf_hub_download(reference.repo, name, revision=commit, tqdm_class=meter))
 
 
 def _place(cached: Path, target: Path) -> None:
@@ -147,9 +156,8 @@ def _place(cached: Path, target: Path) -> None:
     try:
         os.link(blob, target)
     except OSError:
-        partial = target.with_name(target.name + ".partial")
-        shutil.copyfile(blob, partial)
-        partial.replace(target)
+        with whole(target) as partial:
+            shutil.copyfile(blob, partial)
 
 
 def _meter(progress: Progress, name: str, done: int, total: int) -> type:
@@ -171,17 +179,27 @@ def _meter(progress: Progress, name: str, done: int, total: int) -> type:
     return Meter
 
 
-def _check_space(reference: HubReference, commit: str, sizes: dict[str, int]) -> None:
-    """Refuse before the first byte when the cache's disk cannot take what it does not hold yet."""
+def _check_space(reference: HubReference, commit: str, sizes: dict[str, int], stage: Stage) -> None:
+    """Refuse before the first byte when a disk cannot take what it does not hold yet.
+
+    That is the cache's disk, and the store's where the cache lies on another, so that files are copied.
+    """
     from huggingface_hub import constants, try_to_load_from_cache
 
     held = {n for n in sizes if isinstance(try_to_load_from_cache(reference.repo, n, revision=commit), str)}
-    needed = sum(size for name, size in sizes.items() if name not in held)
     cache = Path(constants.HF_HUB_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache).free
-    if free < needed:
-        raise DiskFull(cache, needed_bytes=needed, free_bytes=free)
+    needed = sum(size for name, size in sizes.items() if name not in held)
+    _refuse_if_full(cache, needed, _CACHE_VARIABLE)
+    if cache.stat().st_dev != stage.content.stat().st_dev:
+        staged = sum(path.stat().st_size for path in stage.content.rglob("*") if path.is_file())
+        _refuse_if_full(stage.folder, sum(sizes.values()) - staged, "LQ_HOME")
+
+
+def _refuse_if_full(folder: Path, needed_bytes: int, variable: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise DiskFull(folder, needed_bytes=needed_bytes, free_bytes=free, variable=variable)
 
 
 def _explained(reference: HubReference, call: Callable[[], _T]) -> _T:

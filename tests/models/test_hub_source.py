@@ -1,10 +1,13 @@
 """Repositories of a hub, fetched by the real huggingface-hub from a small hub on loopback."""
 
+import errno
 import hashlib
 import json
+import os
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,9 +248,49 @@ def test_a_disk_too_small_is_refused_before_the_first_byte(server, store, monkey
     server.repositories["org/name"] = CHECKPOINT
     usage = type("Usage", (), {"free": 100})
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda _path: usage)
-    with pytest.raises(DiskFull, match="0 MB needed, 0 MB free"):
+    with pytest.raises(
+        DiskFull, match=r"/hub is full \(0 MB needed, 0 MB free\).*or set HF_HOME to a folder"
+    ):
         store.pull("hf:org/name")
     assert server.asked == []
+
+
+def test_a_store_on_another_disk_than_the_cache_must_have_room_too(server, store, monkeypatch):
+    server.repositories["org/name"] = CHECKPOINT
+    stat = Path.stat
+
+    def elsewhere(path, **options):
+        found = stat(path, **options)
+        if store.root not in path.parents:
+            return found
+        return os.stat_result((*found[:2], found.st_dev + 1, *found[3:]))
+
+    def free(path):
+        return type("Usage", (), {"free": 100 if store.root in path.parents else 1 << 40})
+
+    monkeypatch.setattr(Path, "stat", elsewhere)
+    monkeypatch.setattr(hub.shutil, "disk_usage", free)
+    with pytest.raises(DiskFull, match="or set LQ_HOME to a folder"):
+        store.pull("hf:org/name")
+    assert server.asked == []
+
+
+def test_a_cache_that_fills_up_names_its_own_variable(server, store, monkeypatch):
+    server.repositories["org/name"] = CHECKPOINT
+
+    def full(*_args, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
+    with pytest.raises(DiskFull, match=r"holds .*/hub is full.*or set HF_HOME to a folder"):
+        store.pull("hf:org/name")
+
+
+def test_a_hub_that_names_no_commit_is_refused(server, store, monkeypatch):
+    server.repositories["org/name"] = CHECKPOINT
+    monkeypatch.setattr(sys.modules[__name__], "COMMIT", None)
+    with pytest.raises(FetchFailed, match=r"names no commit.*HF_ENDPOINT"):
+        store.pull("hf:org/name")
 
 
 GGUFS = [

@@ -12,6 +12,7 @@ from models.reference import (
     LocalReference,
     PackageReference,
     check_name,
+    new_name,
     parse,
 )
 
@@ -80,11 +81,36 @@ def test_paths_parse_to_local_references(tmp_path, monkeypatch):
         "pypi:p{3..1}==1#a/{n}.bin?file=f",
         "pypi:-r==1#x",
         "file:",
+        f"pypi:name==1#m.gguf?sha256={'0' * 64}&sha256={'1' * 64}",
+        f"pypi:name==1#m.gguf?sha256={'0' * 64}&file=a.gguf&file=b.gguf",
+        "pypi:name==1#m.gguf?sha256",
+        f"hf:org/name/m.gguf?sha256={'0' * 64}",
+        f"hf:org/name?sha256={'0' * 64}",
+        f"file:/nowhere/m.gguf?sha256={'0' * 64}",
+        f"./nowhere/folder?sha256={'0' * 64}",
+        "https://example.org/m.gguf",
+        f"https://example.org/m.gguf?sha256={'0' * 64}",
     ],
 )
 def test_what_does_not_parse_is_refused_with_the_syntax(text):
     with pytest.raises(InvalidReference, match="a reference is a catalogue name"):
         parse(text)
+
+
+def test_a_path_that_looks_like_it_had_options_is_still_a_path(tmp_path):
+    odd = tmp_path / "m.gguf?file=x"
+    odd.write_bytes(b"")
+    found = parse(f"file:{odd}")
+    assert isinstance(found, LocalReference)
+    assert found.path == odd
+
+
+def test_only_a_name_that_nobody_gave_is_told_to_be_given():
+    with pytest.raises(InvalidName, match="give one with --name"):
+        new_name(None, "a b")
+    with pytest.raises(InvalidName) as failure:
+        new_name("a b", "fine")
+    assert "--name" not in str(failure.value)
 
 
 @pytest.mark.parametrize(
