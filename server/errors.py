@@ -97,6 +97,13 @@ class EmbedderBusy(ServerError):
         super().__init__(f"{waiting} embedding jobs are waiting already: try again in a second")
 
 
+class CollectionUnavailable(ServerError):
+    """A collection that is there and cannot be searched, until the operator does what `reason` says."""
+
+    def __init__(self, name: str, reason: Exception) -> None:
+        super().__init__(f"the collection {name[:200]!r} cannot be searched now: {reason}")
+
+
 class ClientGone(ServerError):
     """The client closed the connection; its work was cancelled."""
 
@@ -161,6 +168,7 @@ TABLE: dict[type[BaseException], Row] = {
     ClientGone: Row(CLIENT_CLOSED, "client_closed_request"),
     EngineRestarted: Row(503, "engine_restarted", retry_after_s=RESTART_RETRY_S),
     EngineUnavailable: Row(503, "engine_unavailable", retry_after_s=UNAVAILABLE_RETRY_S),
+    CollectionUnavailable: Row(503, "collection_unavailable", "collection"),
     EngineError: Row(500, "server_error"),
     ModelsError: Row(500, "server_error"),
     RagError: Row(500, "server_error"),

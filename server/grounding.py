@@ -8,11 +8,13 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+from models.errors import ModelsError
 from prompts.message import Source as PromptSource
-from rag.collection import Collection, CollectionInfo, Passage, directory_of
+from rag.collection import Collection, CollectionInfo, InvalidName, Passage, UnknownCollection, directory_of
+from rag.errors import RagError
 from rag.settings import rebuild_command
 from server.embedding import Embedder, EmbedderThread
-from server.errors import BadRequest, ServerError
+from server.errors import BadRequest, CollectionUnavailable, ServerError
 from server.schema.usage import Source
 
 DEFAULT_PASSAGES = 5
@@ -60,10 +62,15 @@ class Retriever:
             raise BadRequest(
                 "the last user message is empty: there is nothing to search for", param="messages"
             )
-        collection, embedder_name = await asyncio.to_thread(self._open_with_embedder, name)
-        return await self._thread.use(
-            embedder_name, lambda embedder: collection.search(question, k=k, embedder=embedder)
-        )
+        try:
+            collection, embedder_name = await asyncio.to_thread(self._open_with_embedder, name)
+            return await self._thread.use(
+                embedder_name, lambda embedder: collection.search(question, k=k, embedder=embedder)
+            )
+        except (InvalidName, UnknownCollection):
+            raise
+        except (ModelsError, RagError) as error:  # such as an embedder that was removed or replaced
+            raise CollectionUnavailable(name, error) from error
 
     def _open_with_embedder(self, name: str) -> tuple[Collection, str]:
         collection = self._collection(name)

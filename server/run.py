@@ -45,8 +45,15 @@ def serve(settings: Settings, *, store: Store | None = None, ready: Ready | None
 
 
 def announce(url: str, service: Service) -> None:
-    """The line that tells where to ask and how to stop."""
+    """The line that tells where to ask and how to stop, after what the operator should know."""
     names = ", ".join(model.id for model in service.roster.models())
+    for model in service.roster.models():
+        if model.n_ctx and model.n_ctx_train and model.n_ctx > model.n_ctx_train:
+            warning = (
+                f"warning: {model.id} was trained on {model.n_ctx_train} tokens; with n_ctx {model.n_ctx} what "
+                f"it writes beyond them may be nonsense (--n-ctx {model.n_ctx_train} keeps within)"
+            )
+            print(warning, file=sys.stderr, flush=True)
     key = ", API key required" if service.keys.required else ""
     print(f"lq serves {names} at {url}/v1 (API: {url}/docs{key}); Ctrl-C stops", flush=True)
 

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import re
 from dataclasses import replace
 
 import pytest
 
+from models.missing import UnknownModel
 from rag import ingest
 from rag.collection import UnknownCollection
 from rag.passage import Passage
@@ -131,6 +133,34 @@ def test_of_a_long_question_the_end_is_searched_for(tmp_path, make_embedder):
     assert embedder.asked[0].endswith("xWhere is the key?")
     with pytest.raises(BadRequest, match="nothing to search for"):
         asyncio.run(search(" \n"))
+
+
+def test_a_collection_whose_embedder_is_gone_or_changed_is_unavailable_with_the_remedy(
+    build, tmp_path, make_embedder
+):
+    (tmp_path / "a.md").write_text("# A\n\nThe key is under the mat.\n")
+    ingest.index(tmp_path / "notes", [tmp_path / "a.md"], embedder=make_embedder())
+
+    def gone(name):
+        raise UnknownModel(name, [])
+
+    def other(_):
+        return make_embedder(fingerprint="another")
+
+    for load, reason in ((gone, "no model named"), (other, "another.*lq index notes")):
+        thread = EmbedderThread(load, max_queue=9)
+        retriever = Retriever(tmp_path, thread)
+        answer = build(retriever=retriever).chat("Where is the key?", collection="notes")
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (
+            503,
+            "collection_unavailable",
+            "collection",
+        )
+        assert re.search(f"'notes' cannot be searched now: .*{reason}", error["message"])
+        assert answer.headers["x-should-retry"] == "false"
+        retriever.close()
+        asyncio.run(thread.close())
 
 
 def test_the_page_that_is_cited_is_the_one_where_the_best_part_stands():

@@ -1,5 +1,7 @@
 """Options of `lq serve` -> settings, and what is pulled before it starts."""
 
+from dataclasses import replace
+
 import pytest
 import typer
 
@@ -7,6 +9,7 @@ from lq.commands import serve
 from lq.commands.serve import name_of, named_models, stocked, with_engine_options
 from models.errors import ModelsError
 from models.store import Store
+from server.run import announce
 from server.settings import Adapter, Embedder, Model, Settings, with_models
 
 SMOL = "smollm2-135m-instruct"
@@ -117,3 +120,13 @@ def test_the_command_pulls_both_and_serves_what_it_was_told(pulled, monkeypatch,
     lora = (Adapter(path="own"), Adapter(path="more"))
     assert settings.models == {SMOL: Model(n_ctx=77, threads=3, lora=lora)}
     assert settings.server.port == 9
+
+
+@pytest.mark.parametrize(("n_ctx", "warned"), [(4096, True), (2048, False)])
+def test_more_context_than_the_model_was_trained_on_is_told(build, capsys, n_ctx, warned):
+    house = build()
+    house.engine.info = replace(house.engine.info, n_ctx=n_ctx, n_ctx_train=2048)
+    announce("http://127.0.0.1:1", house.service)
+    told = capsys.readouterr()
+    assert "lq serves fake, " in told.out
+    assert ("trained on 2048 tokens; with n_ctx 4096" in told.err) is warned
