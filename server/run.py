@@ -50,8 +50,8 @@ def announce(url: str, service: Service) -> None:
     for model in service.roster.models():
         if model.n_ctx and model.n_ctx_train and model.n_ctx > model.n_ctx_train:
             warning = (
-                f"warning: {model.id} was trained on {model.n_ctx_train} tokens; with n_ctx {model.n_ctx} what "
-                f"it writes beyond them may be nonsense (--n-ctx {model.n_ctx_train} keeps within)"
+                f"warning: {model.id} was trained on {model.n_ctx_train} tokens; with n_ctx {model.n_ctx} "
+                f"what it writes beyond them may be nonsense (--n-ctx {model.n_ctx_train} keeps within)"
             )
             print(warning, file=sys.stderr, flush=True)
     key = ", API key required" if service.keys.required else ""
