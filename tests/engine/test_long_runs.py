@@ -12,7 +12,7 @@ from engine.runs import LONGEST_RUN, without_long_runs
 
 ROOT = Path(__file__).parents[2]
 RUN = 50_000
-UNITS = ["a", ".", " ", "1", "\n", "가", "\u0915\u093f", "!\u0301", "a1"]
+UNITS = ["a", ".", " ", "1", "\n", "가", "\u0915\u093f", "!\u0301", "a1", "!\x1c", "\u3000"]
 
 
 def letters_of_bytes() -> list[str]:
@@ -72,6 +72,26 @@ def test_special_tokens_beside_an_endless_run_are_parsed(make_vocabulary):
     with Model.open(make_vocabulary("tekken"), vocab_only=True) as model:
         tokens = model.tokenize("</s>" + "a" * RUN + "</s>", add_special=False, parse_special=True)
     assert (tokens[0], tokens[-1], tokens.count(257)) == (257, 257, 2)
+
+
+@pytest.mark.parametrize("length", [*range(LONGEST_RUN - 6, LONGEST_RUN + 7), 3 * LONGEST_RUN - 1])
+@pytest.mark.parametrize("sign", ["!", "<", "a"])
+def test_a_special_token_at_either_end_of_a_run_stays_whole(make_vocabulary, sign, length):
+    """`</s>` begins and ends with signs, which are of a run with those around it."""
+    with Model.open(make_vocabulary("tekken"), vocab_only=True) as model:
+        tokens = model.tokenize(f"</s>{sign * length}</s>", add_special=False, parse_special=True)
+        assert (tokens[0], tokens[-1], tokens.count(257)) == (257, 257, 2)
+        assert model.detokenize(tokens) == sign * length
+
+
+@pytest.mark.parametrize("unit", [".", "가"])
+def test_ten_megabytes_of_one_character_are_tokenized(make_vocabulary, unit):
+    letters = unit.encode()
+    count = 10_000_000 // len(letters)
+    with Model.open(make_vocabulary("tekken"), vocab_only=True) as model:
+        tokens = model.tokenize(unit * count, add_special=False)  # a token a byte
+        assert [model.piece(token) for token in tokens[: len(letters)]] == [bytes([one]) for one in letters]
+        assert tokens == tokens[: len(letters)] * count
 
 
 def test_ordinary_text_is_one_part():
