@@ -3,6 +3,7 @@
 The wire types are the documentation: requests are decoded by hand, so their schemas are put in here.
 """
 
+import re
 from copy import deepcopy
 from html import escape
 from typing import Any
@@ -28,7 +29,8 @@ WIRE: dict[str, tuple[str, type | None, type]] = {
 }
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-h2{margin-top:2rem;border-top:1px solid #ddd;padding-top:1rem}code{background:#f4f4f4;padding:.1em .3em}
+h3{margin-top:2rem}h2{margin-top:2rem;border-top:1px solid #ddd;padding-top:1rem}
+code{background:#f4f4f4;padding:.1em .3em}
 td,th{text-align:left;padding:.15rem 1rem .15rem 0;vertical-align:top}th{font-weight:600}
 @media(prefers-color-scheme:dark){body{background:#181818;color:#ddd}code{background:#2a2a2a}}
 """
@@ -69,46 +71,81 @@ class DocumentPage(OpenAPIRenderPlugin):
         types = schema["components"]["schemas"]
         parts = [
             f"<!doctype html><html lang=en><meta charset=utf-8><title>lq API</title><style>{STYLE}</style>",
-            f"<h1>lq API</h1><p>{escape(schema['info']['description'])} ",
+            f"<h1>lq API</h1><p>{_prose(schema['info']['description'])} ",
             f'<a href="/docs{SPECIFICATION_PATH}">OpenAPI document</a></p>',
         ]
         for path, operations in schema["paths"].items():
             for method, operation in operations.items():
                 if not path.startswith("/docs"):
                     parts.append(_operation(path, method, operation, types))
+        parts += [_type(name, types[name]) for name in _inner_types(types)]
         return "".join(parts).encode()
 
 
 def _operation(path: str, method: str, operation: dict[str, Any], types: dict[str, Any]) -> str:
-    text = escape(operation.get("description", ""))
-    html = f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{text}</p>"
+    html = (
+        f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{_prose(operation.get('description'))}</p>"
+    )
     body = operation.get("requestBody")
     if body:
-        name = body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
-        html += f"<p>{escape(types[name].get('description', ''))}</p>{_fields(types[name])}"
+        schema = types[_name(body["content"]["application/json"]["schema"])]
+        html += f"<p>{_prose(schema.get('description'))}</p>{_fields(schema)}"
     return html
 
 
+def _inner_types(types: dict[str, Any]) -> list[str]:
+    """The types that requests are made of, in the order in which they are met."""
+    found: dict[str, None] = {}
+    queue: list[Any] = [types[request.__name__] for _, request, _ in WIRE.values() if request is not None]
+    while queue:
+        each = queue.pop(0)
+        if isinstance(each, list):
+            queue = each + queue
+        elif isinstance(each, dict):
+            if "$ref" in each and _name(each) not in found:
+                found[_name(each)] = None
+                queue.append(types[_name(each)])
+            queue = [value for key, value in each.items() if key not in ("discriminator", "default")] + queue
+    return list(found)
+
+
+def _type(name: str, schema: dict[str, Any]) -> str:
+    text = _prose(schema.get("description"))
+    return f"<h3 id={name}><code>{name}</code></h3><p>{text}</p>{_fields(schema)}"
+
+
+def _name(reference: dict[str, Any]) -> str:
+    return reference["$ref"].rpartition("/")[2]
+
+
+def _prose(text: str | None) -> str:
+    """A docstring as HTML: what stands between backticks is code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text or "", quote=False))
+
+
 def _fields(schema: dict[str, Any]) -> str:
+    """Required fields first."""
     required = set(schema.get("required", ()))
     rows = [
-        f"<tr><td><code>{escape(name)}</code>{' *' if name in required else ''}</td>"
-        f"<td>{escape(_kind(field))}</td></tr>"
-        for name, field in schema["properties"].items()
+        f"<tr><td><code>{escape(name)}</code>{' *' * (name in required)}</td><td>{_kind(field)}</td></tr>"
+        for name, field in sorted(schema["properties"].items(), key=lambda pair: pair[0] not in required)
         if field.get("type") != "null"
     ]
     return f"<table><tr><th>field (* required)</th><th>type</th></tr>{''.join(rows)}</table>"
 
 
 def _kind(field: dict[str, Any]) -> str:
+    """The type of a field as HTML; types of ours are links to their place on the page."""
     if "$ref" in field:
-        return field["$ref"].rpartition("/")[2]
+        return f'<a href="#{_name(field)}">{_name(field)}</a>'
     if "anyOf" in field:
         return " | ".join(_kind(each) for each in field["anyOf"] if each.get("type") != "null")
     if "enum" in field:
-        return " | ".join(repr(each) for each in field["enum"])
+        return escape(" | ".join(repr(each) for each in field["enum"]), quote=False)
     name = str(field.get("type", "any"))
     if name == "array":
         name = f"list of {_kind(field.get('items', {}))}"
     low, high = field.get("minimum"), field.get("maximum")
-    return name if low is None and high is None else f"{name} {low} to {high}"
+    if low is None and high is None:
+        return name
+    return f"{name} {low} or more" if high is None else f"{name} {low} to {high}"

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import re
 
 import numpy as np
 import pytest
@@ -176,6 +177,11 @@ def test_the_page_documents_every_field_and_needs_no_network(house):
     assert "POST /v1/chat/completions" in page
     for field in ("messages", "collection", "min_p", "response_format"):
         assert f"<code>{field}</code>" in page
+    assert page.index("<code>messages</code> *") < page.index("<code>temperature</code>")
+    linked = set(re.findall('href="#(.*?)"', page))
+    assert linked >= {"UserMessage", "TextPart", "JSONSchemaFormat"}
+    assert linked <= set(re.findall("<h3 id=(.*?)>", page))
+    assert not re.search(r"None|`", page)
     assert "http" not in page
     document = house.call("GET", "/docs/openapi.json").json()
     assert "ChatRequest" in document["components"]["schemas"]
