@@ -8,7 +8,7 @@ from pathlib import Path
 from rag.document import Document, Unreadable
 from rag.parse.code import SUFFIXES as CODE_SUFFIXES
 
-PARSER_VERSION = "2"
+PARSER_VERSION = "3"
 """Raised whenever the same bytes give another text or other headings: collections are then parsed anew."""
 
 _MODULES = {

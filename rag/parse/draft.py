@@ -11,6 +11,8 @@ from rag.document import Document, Heading, Unreadable
 
 # Control characters, lone surrogates, byte order marks: nothing that a database or a model should see.
 _JUNK = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff\ufeff\ufffe]")
+#: Characters of a cell that spans rows which every one of them repeats, so that each can be read alone.
+LONGEST_REPEATED = 100
 _NEWLINE = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 
 
@@ -64,10 +66,10 @@ class Draft:
             self._headings.append(Heading(title=title, level=min(max(level, 1), 6), start=start))
 
     def rows(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table, each row naming its columns."""
+        """A table, each row naming its columns; the names alone where no row has text."""
         gap = "\n\n"
-        for cells in rows:
-            line = row(header, cells)
+        lines = [line for cells in rows if (line := row(header, cells))]
+        for line in lines or [row((), header)]:
             if line:
                 self.block(line, gap=gap)
                 gap = "\n"

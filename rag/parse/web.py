@@ -2,24 +2,26 @@
 
 import re
 import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from bs4 import BeautifulSoup, XMLParsedAsHTMLWarning
 from bs4.element import NavigableString, PageElement, PreformattedString, Tag
 
 from rag.document import Document
-from rag.parse.draft import Draft, one_line
+from rag.parse.draft import LONGEST_REPEATED, Draft, one_line
 from rag.parse.encoding import decode
 
-_DROPPED_NAMES = "script style nav noscript template svg iframe object form button select"
+_DROPPED_NAMES = "script style nav noscript template svg iframe object button select"
 _BLOCK_NAMES = """
 address article aside blockquote body caption center dd details dialog div dl dt fieldset figcaption figure
-footer header hgroup hr html li main ol p pre search section summary table tbody td tfoot th thead tr ul
+footer form header hgroup hr html li main ol p pre search section summary table tbody td tfoot th thead tr ul
 """
 _DROPPED = _DROPPED_NAMES.split()
 _HEADINGS = frozenset(f"h{level}" for level in range(1, 7))
 _BLOCKS = _HEADINGS.union(_BLOCK_NAMES.split())
 _CHARSET = re.compile(rb"""<meta[^>]{0,200}charset=["']?([\w-]{2,40})""", re.IGNORECASE)
-_WIDEST_SPAN = 50  # columns that one cell may claim
+_WIDEST_SPAN, _TALLEST_SPAN = 50, 500  # columns and rows that one cell may claim
 
 
 def parse(data: bytes) -> Document:
@@ -60,6 +62,7 @@ class _Reader:
                 continue
             elif leaving:
                 self._flush()
+                self._prefix = "" if node.name == "li" else self._prefix
             elif not self._whole(node):
                 if node.name in _BLOCKS:
                     self._flush()
@@ -79,6 +82,8 @@ class _Reader:
             self._draft.heading(tag.get_text(" "), level=int(tag.name[1]))
         elif tag.name == "pre":
             self._flush()
+            for line_break in tag("br"):
+                line_break.replace_with("\n")
             self._draft.block(tag.get_text())
         elif tag.name == "table" and _is_data(tag):
             self._flush()
@@ -99,17 +104,89 @@ class _Reader:
         self._inline = []
 
     def _table(self, table: Tag) -> None:
-        if table.caption:
-            self._draft.block(one_line(table.caption.get_text(" ")))
-        rows = [row for row in table.find_all("tr") if isinstance(row, Tag)]
-        header: list[str] = []
-        if rows and _cells(rows[0]) and all(cell.name == "th" for cell in _cells(rows[0])):
-            header = _texts(rows.pop(0))
-        elif rows and all(len(_cells(row)) == 2 and _cells(row)[0].name == "th" for row in rows):
-            for name, value in (_texts(row) for row in rows if len(_texts(row)) == 2):
-                self._draft.block(f"{name}: {value}", gap="\n")
+        """The caption and any text beside the cells, then the rows."""
+        self._draft.block(one_line(" ".join(_beside_cells(table))))
+        grid = _grid([row for row in table.find_all("tr") if isinstance(row, Tag)])
+        if grid and all(len(row) == 2 and row[0].is_name and not row[1].is_name for row in grid):
+            self._draft.rows((), [[f"{name.text}: {value.text}"] for name, value in grid])
             return
-        self._draft.rows(header, [_texts(row) for row in rows])
+        n_names = _header_rows(grid)
+        header = [" ".join(dict.fromkeys(names)).strip() for names in _columns(grid[:n_names])]
+        rows = [["" if cell.continues else cell.text for cell in row] for row in grid[n_names:]]
+        self._draft.rows(header, rows)
+
+
+def _beside_cells(table: Tag) -> Iterator[str]:
+    """Texts of a table that are in no cell of it."""
+    stack: list[PageElement] = [table]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Tag) and node.name not in ("td", "th"):
+            stack.extend(reversed(node.contents))
+        elif isinstance(node, NavigableString) and not _hidden(node):
+            yield node
+
+
+@dataclass(slots=True)
+class _Cell:
+    """`continues`: it stands right of where its text does; `n_below`: rows that it still spans."""
+
+    text: str
+    is_name: bool
+    continues: bool = False
+    n_below: int = 0
+
+
+def _grid(rows: Sequence[Tag]) -> list[list[_Cell]]:
+    """Cells under their columns; a short one that spans rows is in each, so that each can be read alone."""
+    grid: list[list[_Cell]] = []
+    above: list[_Cell] = []
+    for row in rows:
+        line: list[_Cell] = []
+        for tag in _cells(row):
+            _carry(line, above)
+            text, is_name = one_line(tag.get_text(" ")), tag.name == "th"
+            below = _span(tag, "rowspan", _TALLEST_SPAN) - 1
+            for number in range(_span(tag, "colspan", _WIDEST_SPAN)):
+                line.append(_Cell(text, is_name, number > 0, below))
+        if line:
+            _carry(line, above)
+            grid.append(line)
+            above = line
+    return grid
+
+
+def _carry(line: list[_Cell], above: Sequence[_Cell]) -> None:
+    """Append what the row above spans down to here."""
+    while len(line) < len(above) and above[len(line)].n_below:
+        cell = above[len(line)]
+        text = cell.text if len(cell.text) <= LONGEST_REPEATED else ""
+        line.append(_Cell(text, cell.is_name, cell.continues, cell.n_below - 1))
+
+
+def _span(tag: Tag, name: str, most: int) -> int:
+    """1 to `most`; rows may span "0", which means all that follow."""
+    value = str(tag.get(name) or "1").strip()
+    count = int(value[:9]) if value.isdecimal() else 1
+    return min(count or (most if name == "rowspan" else 1), most)
+
+
+def _header_rows(grid: Sequence[Sequence[_Cell]]) -> int:
+    """Rows of names at the top: the first, and those that its cells span or that divide its columns."""
+    if not grid or not all(cell.is_name for cell in grid[0]):
+        return 0
+    n_names = 1 + max(cell.n_below for cell in grid[0])
+    n_names = max(n_names, 2 if any(cell.continues for cell in grid[0]) else 1)
+    return next(
+        (n for n, row in enumerate(grid[:n_names]) if not all(cell.is_name for cell in row)),
+        min(n_names, len(grid)),
+    )
+
+
+def _columns(rows: Sequence[Sequence[_Cell]]) -> list[list[str]]:
+    """The texts of each column from top to bottom."""
+    width = max(map(len, rows), default=0)
+    return [[row[column].text for row in rows if column < len(row)] for column in range(width)]
 
 
 def _hidden(node: PageElement) -> bool:
@@ -124,13 +201,3 @@ def _is_data(table: Tag) -> bool:
 
 def _cells(row: Tag) -> list[Tag]:
     return [cell for cell in row.find_all(["td", "th"]) if isinstance(cell, Tag)]
-
-
-def _texts(row: Tag) -> list[str]:
-    """Cell texts, a spanning cell once a column, so that columns stay under their names."""
-    found: list[str] = []
-    for cell in _cells(row):
-        span = str(cell.get("colspan") or "1")
-        text = one_line(cell.get_text(" "))
-        found += [text] + [""] * (min(int(span) if span.isdecimal() else 1, _WIDEST_SPAN) - 1)
-    return found

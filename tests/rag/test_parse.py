@@ -122,6 +122,60 @@ def test_html_table_rows_repeat_the_column_names() -> None:
     assert read("a.html", f"<table>{pairs}</table>").text == "City: Busan\nLamp: red"
 
 
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        (
+            "<tr><th>City<th>Lamp<tr><td rowspan=2>Busan<td>red<tr><td>blue<tr><td>Ulsan<td>dry",
+            "City: Busan; Lamp: red\nCity: Busan; Lamp: blue\nCity: Ulsan; Lamp: dry",
+        ),
+        (
+            "<tr><th>City<th>Lamp<th>Oil<tr><td>a<td rowspan=3 colspan=2>b<tr><td>c<tr><td>d<tr><td>e<td>f",
+            "City: a; Lamp: b\nCity: c; Lamp: b\nCity: d; Lamp: b\nCity: e; Lamp: f",
+        ),
+        (
+            "<tr><th rowspan=2>City<th colspan=2>Lamp<tr><th>day<th>night<tr><td>Busan<td>1<td>2",
+            "City: Busan; Lamp day: 1; Lamp night: 2",
+        ),
+        (
+            "<tr><th>City<td>Busan<tr><th rowspan=2>Lamp<td>red<tr><td>blue",
+            "City: Busan\nLamp: red\nLamp: blue",
+        ),
+        ("<tr><td rowspan=0>a<td>b<tr><td>c<tr><td>d", "a; b\na; c\na; d"),
+        (f"<tr><td rowspan=2>{'long ' * 30}<td>b<tr><td>c", f"{'long ' * 30}".strip() + "; b\nc"),
+        ("<tr><td rowspan=x colspan=-1>a<td colspan=99999>b", "a; b"),
+        ("<tr><th>City<th>Lamp", "City; Lamp"),
+        ("<tr><th>City<th>Lamp<tr><td><td>", "City; Lamp"),
+        ("<caption>Lamps</caption>beside<tr><td>a", "beside\n\nLamps\n\na"),
+    ],
+)
+def test_html_cells_that_span_stay_under_their_names(rows, text) -> None:
+    document = read("a.html", f"<table>{rows}</table>")
+    if "beside" in rows:  # where text beside the cells goes is the browser's choice: above the table
+        assert sorted(document.text.split()) == sorted(text.split())
+    else:
+        assert document.text == text
+    layout = read("a.html", f"<table><tr><td><h1>Top</h1><table>{rows}</table></td></tr></table>")
+    assert layout.text == f"Top\n\n{document.text}"
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        (
+            "<form>Sign <p>here</p><select><option>no</select><button>Go</button></form>after",
+            "Sign\n\nhere\n\nafter",
+        ),
+        ("<form><table><tr><th>a<th>b<tr><td>1<td>2</table></form>", "a: 1; b: 2"),
+        ("<pre>one<br>two\n  <b>three</b></pre>", "one\ntwo\n  three"),
+        ("<ul><li></li></ul>after", "after"),
+        ("<ul><li> </li><li>a<ul><li>b</li></ul>c</li></ul><p>after", "- a\n- b\n\nc\n\nafter"),
+    ],
+)
+def test_html_forms_code_and_empty_items_lose_nothing(source, text) -> None:
+    assert read("a.html", source).text == text
+
+
 def test_html_declared_encodings_are_believed_when_it_is_not_utf8() -> None:
     assert read("a.html", b'<meta charset="latin-1"><p>caf\xe9').text == "café"
     assert read("a.html", b'<meta charset="euc-kr"><p>' + "등대".encode("euc-kr")).text == "등대"
