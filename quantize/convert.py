@@ -16,7 +16,7 @@ from quantize import gguf_file
 from quantize.checkpoint import Checkpoint
 from quantize.families.supported import recognise
 from quantize.floats import Dtype
-from quantize.general import write_general
+from quantize.general import strip_notes, write_general
 from quantize.gguf_file import Progress
 from quantize.plan import Output, main_dtype, match, outputs
 from quantize.vocabulary import Vocabulary, read_vocabulary
@@ -75,4 +75,5 @@ def prepare(
     write_general(writer, checkpoint, dtype=main_dtype(made), vocabulary=vocabulary)
     family.hyperparameters(config, writer)
     vocabulary.write(writer)
-    return Prepared(writer, made, vocabulary, family.notes(config) + vocabulary.notes)
+    notes = family.notes(config) + vocabulary.notes + strip_notes(vocabulary)
+    return Prepared(writer, made, vocabulary, notes)

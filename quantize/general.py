@@ -55,7 +55,21 @@ def _metadata(folder: Path, n_parameters: int) -> gguf.Metadata:
 def fitting_name(name: str, vocabulary: Vocabulary) -> str:
     """The name, saying Phi-3 exactly where the added tokens swallow spaces as Phi-3's do."""
     says = re.search(r"phi-?3", name, re.IGNORECASE) is not None
-    means = vocabulary.strips and {piece.text for piece in vocabulary.pieces} >= PHI3_TOKENS
+    means = _strips_as_phi3(vocabulary)
     if means and not says:
         return f"Phi-3 {name}"
     return name if means else re.sub(r"(?i)(phi)-?3", r"\1 3", name)
+
+
+def strip_notes(vocabulary: Vocabulary) -> tuple[str, ...]:
+    """What the user should know of added tokens that swallow spaces where llama.cpp will not."""
+    if not vocabulary.strips or _strips_as_phi3(vocabulary):
+        return ()
+    return (
+        "Some added tokens swallow the spaces and line breaks beside them, which llama.cpp does for Phi-3 "
+        "alone: texts with such spaces become other tokens than in the checkpoint.",
+    )
+
+
+def _strips_as_phi3(vocabulary: Vocabulary) -> bool:
+    return vocabulary.strips and {piece.text for piece in vocabulary.pieces} >= PHI3_TOKENS

@@ -79,6 +79,17 @@ def steps(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return found
 
 
+def normalizers(spec: Mapping[str, Any]) -> list[str]:
+    """Types of the steps that change a text before it is split, those aside that only write spaces as ▁."""
+    outer = spec.get("normalizer") or {}
+    found = [step for step in outer.get("normalizers", [outer]) if step.get("type")]
+    return [step["type"] for step in found if step["type"] != "Prepend" and not _escapes_spaces(step)]
+
+
+def _escapes_spaces(step: Mapping[str, Any]) -> bool:
+    return step["type"] == "Replace" and step.get("pattern") == {"String": " "} and step.get("content") == "▁"
+
+
 def prepends_space(spec: Mapping[str, Any]) -> bool:
     """Whether a text gets a leading space before it is split."""
     for step in steps(spec):

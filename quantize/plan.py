@@ -33,7 +33,7 @@ class ValueOutOfRange(QuantizeError):
     """A weight too large for the type it is to be stored in."""
 
     def __init__(self, name: str, largest: float) -> None:
-        super().__init__(f"tensor {name} holds {largest:.4g}, beyond float16; convert to BF16 or F32 instead")
+        super().__init__(f"tensor {name} holds {largest:.4g}, beyond float16; give dtype BF16 or F32 instead")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from quantize.errors import QuantizeError
+from quantize.pieces import normalizers
 
 #: Numbers, spaces, emoji, scripts and contractions: what the rules disagree on.
 CHECK_TEXT = (
@@ -58,11 +59,20 @@ _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
     r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+_GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    + _ENDING
+    + r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    + _ENDING
+    + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 #: (the steps that split text, whole words looked up before merging) -> name
 RULES = {
     ((_WORDS + r"\p{N}{1,3}" + _REST, "bytes"), True): "llama-bpe",
     ((_WORDS + r"\p{N}" + _REST, "bytes"), False): "qwen2",
     ((_TEKKEN, "bytes"), True): "tekken",
+    ((_GPT4O, "bytes"), False): "gpt-4o",
     (("digits", "words"), False): "smollm",
     (("words",), False): "gpt-2",
 }
@@ -104,12 +114,17 @@ class UnknownPretokenizer(QuantizeError):
         super().__init__(f"{problem}; name the rule with --pre, one of: {', '.join(NAMES)}")
 
 
+def check_name(pre: str) -> str:
+    """The name itself where llama.cpp has a rule of that name."""
+    if pre not in NAMES:
+        raise UnknownPretokenizer(f"--pre {pre} is no rule that llama.cpp knows")
+    return pre
+
+
 def identify(tokenizer: Tokenizer, spec: Mapping[str, Any], *, pre: str | None = None) -> str:
     """The name for `tokenizer.ggml.pre`; `spec` is tokenizer.json, `pre` the user's own choice."""
     if pre is not None:
-        if pre not in NAMES:
-            raise UnknownPretokenizer(f"--pre {pre} is no rule that llama.cpp knows")
-        return pre
+        return check_name(pre)
     digest = fingerprint(tokenizer)
     name = HASHES.get(digest) or RULES.get((_steps(spec), bool(spec["model"].get("ignore_merges"))))
     if name is None:
@@ -123,7 +138,12 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def _steps(spec: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The splitting steps of tokenizer.json in the words of RULES, None where one is foreign."""
+    """The splitting steps of tokenizer.json in the words of RULES, None where one is foreign.
+
+    A normalizer is foreign too, but for NFC, which changes rare texts only and is noted.
+    """
+    if set(normalizers(spec)) - {"NFC"}:
+        return None
     outer = spec.get("pre_tokenizer") or {}
     steps = outer.get("pretokenizers", [outer])
     names = tuple(_step(step) for step in steps)

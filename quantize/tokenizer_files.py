@@ -20,7 +20,8 @@ class MissingTokenizer(QuantizeError):
     """A folder without a tokenizer that can be read."""
 
     def __init__(self, path: Path) -> None:
-        others = [name for name in ("vocab.json", "tekken.json", "vocab.txt") if (path / name).is_file()]
+        alone = ("vocab.json", "tekken.json", "tokenizer.model.v3", "vocab.txt")
+        others = [name for name in alone if (path / name).is_file()]
         found = f" ({', '.join(others)} cannot be read alone)" if others else ""
         super().__init__(
             f"{path}: holds neither tokenizer.json nor tokenizer.model{found}; "

@@ -132,7 +132,8 @@ def _learn(files: TokenizerFiles, tokenizer: Tokenizer | None, pre: str | None) 
     if files.spec is None or tokenizer is None or pieces.kind_of(files.spec) == "llama":
         return _learn_sentencepiece(files)
     rule = identify(tokenizer, files.spec, pre=pre)
-    return _Learnt("gpt2", rule, pieces.byte_level(files.spec), pieces.merges(files.spec), None)
+    learnt, merges = pieces.byte_level(files.spec), pieces.merges(files.spec)
+    return _Learnt("gpt2", rule, learnt, merges, None, _normalizer_note(files.spec))
 
 
 def _learn_sentencepiece(files: TokenizerFiles) -> _Learnt:
@@ -140,15 +141,27 @@ def _learn_sentencepiece(files: TokenizerFiles) -> _Learnt:
     file, explicit = files.path / "tokenizer.model", files.config.get("add_prefix_space")
     if not file.is_file():
         assert files.spec is not None, "TokenizerFiles.open refuses a folder with neither"
-        prefix, notes = pieces.prepends_space(files.spec), _prefix_note(files.spec)
+        prefix = pieces.prepends_space(files.spec)
+        notes = _normalizer_note(files.spec) + _prefix_note(files.spec)
         return _Learnt("llama", "default", pieces.scored(files.spec), [], prefix, notes)
     model = read_sentencepiece(file)
     prefix = pieces.prepends_space(files.spec) if files.spec is not None else model.adds_space_prefix
     if files.spec is None and isinstance(explicit, bool):
         prefix = explicit
     note = "tokenizer.model normalizes unusual characters (full-width ones, for example), llama.cpp does not."
-    notes = ((note,) if model.normalizes else ()) + _prefix_note(files.spec or {})
+    spec = files.spec or {}
+    notes = ((note,) if model.normalizes else _normalizer_note(spec)) + _prefix_note(spec)
     return _Learnt("llama", "default", dict(enumerate(model.pieces)), [], prefix, notes)
+
+
+def _normalizer_note(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    names = pieces.normalizers(spec)
+    if not names:
+        return ()
+    return (
+        f"The tokenizer normalizes texts ({', '.join(names)}), llama.cpp does not: what that would change, "
+        "such as an accent written as a character of its own, becomes other tokens than in the checkpoint.",
+    )
 
 
 def _prefix_note(spec: Mapping[str, Any]) -> tuple[str, ...]:

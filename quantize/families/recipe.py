@@ -39,6 +39,7 @@ def nothing(_: Config) -> Mapping[str, np.ndarray]:
 
 
 def no_notes(_: Config) -> tuple[str, ...]:
+    """Nothing that the user should know."""
     return ()
 
 

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,9 @@ def make_tiny(tmp_path_factory, tokenizer_dir) -> Callable[..., Tiny]:
 
     def make(config: str, tokenizer: str | Path, *, pad: int = 0, **values: Any) -> Tiny:
         source = tokenizer_dir(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        values = {**SHAPE, "vocab_size": n_vocab(source) + pad, **values}
+        if "vocab_size" not in values:
+            values["vocab_size"] = n_vocab(source) + pad
+        values = {**SHAPE, **values}
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(
             getattr(transformers, config)(**values), dtype=torch.float32, attn_implementation="eager"
@@ -106,6 +109,86 @@ def phi3_tokenizer(tokenizer_dir, tmp_path_factory) -> Path:
     config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
     config |= {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     del config["added_tokens_decoder"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    return folder
+
+
+def message(number: int, data: bytes) -> bytes:
+    """A length-delimited protobuf field."""
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def varint(value: int) -> bytes:
+    out = b""
+    while value > 127:
+        out, value = out + bytes([value & 127 | 128]), value >> 7
+    return out + bytes([value])
+
+
+def number(field: int, value: int) -> bytes:
+    return varint(field << 3) + varint(value)
+
+
+def sentencepiece_model(
+    pieces: Iterable[tuple[str, float, int]], *, algorithm: int = 2, prefix: int = 1
+) -> bytes:
+    """The bytes of a tokenizer.model: (text, score, type) in the order of the ids."""
+    data = b""
+    for text, score, kind in pieces:
+        piece = message(1, text.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score) + number(3, kind)
+        data += message(1, piece)
+    return data + message(2, number(3, algorithm)) + message(3, message(1, b"identity") + number(3, prefix))
+
+
+@pytest.fixture(scope="session", name="sentencepiece_model")
+def sentencepiece_model_fixture() -> Callable[..., bytes]:
+    return sentencepiece_model
+
+
+MISTRAL_CONTROLS = ("[INST]", "[/INST]", "[TOOL_CALLS]", *(f"[control_{i}]" for i in range(7)))
+
+
+@pytest.fixture(scope="session")
+def mistral_v3_model(tokenizer_dir) -> bytes:
+    """A tokenizer.model as Mistral 7B v0.3's: Llama 2's pieces with control tokens after the first three."""
+    from quantize.vocabulary import read_vocabulary
+
+    llama = read_vocabulary(tokenizer_dir("llama2"), n_vocab=32_000, config={}).pieces
+    pieces = [(piece.text, piece.score, min(int(piece.type), 6)) for piece in llama]
+    pieces[:3] = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
+    controls = [(text, 0.0, 3) for text in MISTRAL_CONTROLS]
+    return sentencepiece_model([*pieces[:3], *controls, *pieces[3:]])
+
+
+#: How GPT-4o's tokenizer, which Phi-4-mini has, splits text.
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.fixture(scope="session")
+def phi4_tokenizer(tmp_path_factory) -> Path:
+    """A small tokenizer of Phi-4-mini's shape: byte-level BPE with GPT-4o's rule and its turn tokens."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("tokenizer") / "phi4"
+    folder.mkdir()
+    tokenizer = Tokenizer(models.BPE())
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(O200K), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
+    texts = [path.read_text("utf-8") for path in (Path(__file__).parent / "golden").glob("*.txt")]
+    tokenizer.train_from_iterator(texts, trainer)
+    swallowing = [AddedToken(f"<|{name}|>", rstrip=True) for name in ("assistant", "user", "system", "end")]
+    tokenizer.add_special_tokens([AddedToken("<|endoftext|>"), *swallowing])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ends = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+    config = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": False, **ends}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
     return folder
 

@@ -1,8 +1,10 @@
 """Self-written conversations: who is asked, what is kept, what is dropped, and resuming. No model runs."""
 
+import json
 from dataclasses import dataclass, field
 
 import pytest
+from tokenizers import Tokenizer
 
 from engine.request import Delta, Done, EngineError, GenerationRequest
 from quantize.calibrate import TEMPERATURES, NoUsableText, Plan, converse
@@ -244,6 +246,27 @@ def test_a_model_that_may_think_answers_without_a_thought():
     frame = Frame.of(THINKING, lambda s: [ord(c) for c in s], bos_token="", eos_token="", add_bos=None)
     told = ["".join(map(chr, part)) for part in (frame.before, frame.between, frame.after)]
     assert told == ["[user]", "[end][assistant]<think></think>", "[end]"]
+
+
+def test_qwen3s_own_template_frames_an_answer_after_a_closed_thought(tokenizer_dir):
+    folder = tokenizer_dir("qwen3")
+    template = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
+    assert "enable_thinking" in template
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    frame = Frame.of(
+        template,
+        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        bos_token="",
+        eos_token="<|im_end|>",
+        add_bos=None,
+    )
+    told = [tokenizer.decode(part, skip_special_tokens=False) for part in (frame.before, frame.between)]
+    assert told[0] == "<|im_start|>user\n"
+    assert told[1] == "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert tokenizer.decode(frame.after, skip_special_tokens=False) == "<|im_end|>\n"
+    around = [*frame.before, *frame.between, *frame.after]
+    opened, closed = (around.count(tokenizer.token_to_id(text)) for text in ("<think>", "</think>"))
+    assert opened == closed == 1
 
 
 def test_a_template_that_says_in_front_whether_to_think_is_usable():

@@ -1,5 +1,7 @@
 """Each family's float32 GGUF computes in llama.cpp what transformers computes from the checkpoint."""
 
+from pathlib import Path
+
 import pytest
 
 from quantize.convert import convert
@@ -19,6 +21,13 @@ LONGROPE = {
     "rope_theta": 10_000.0,
     "short_factor": [1.0 + 0.1 * i for i in range(8)],
     "long_factor": [2.0 + i for i in range(8)],
+}
+PHI4_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0 + 0.1 * i for i in range(6)],
+    "long_factor": [2.0 + i for i in range(6)],
 }
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
 GEMMA_ROPE = {
@@ -73,6 +82,18 @@ VARIANTS = {
         "Phi3Config",
         {**PHI, "max_position_embeddings": 512, "rope_parameters": LONGROPE},
     ),
+    "phi3 as Phi-4-mini has it: longrope over a part of the head, tied": (
+        "Phi3Config",
+        {
+            **PHI,
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": PHI4_ROPE,
+            "partial_rotary_factor": 0.75,
+            "sliding_window": 2048,
+            "tie_word_embeddings": True,
+        },
+    ),
     "phi3, part of the head rotates, tied": (
         "Phi3Config",
         {**PHI, "partial_rotary_factor": 0.5, "tie_word_embeddings": True},
@@ -82,7 +103,7 @@ VARIANTS = {
 
 @pytest.fixture
 def divergence(make_tiny, evaluate_gguf, max_kl, some_tokens, tmp_path):
-    def measure(config: str, tokenizer: str, values: dict) -> float:
+    def measure(config: str, tokenizer: str | Path, values: dict) -> float:
         tiny = make_tiny(config, tokenizer, **values)
         convert(tiny.path, tmp_path / "tiny.gguf", dtype="F32")
         return max_kl(tiny.logits(some_tokens), evaluate_gguf(tmp_path / "tiny.gguf", some_tokens))
@@ -99,6 +120,20 @@ def test_family_computes_what_transformers_does(name, divergence):
 def test_variant_computes_what_transformers_does(name, divergence):
     config, values = VARIANTS[name]
     assert divergence(config, "llama2", values) < 1e-4
+
+
+def test_phi4_mini_with_gpt4os_tokenizer_computes_what_transformers_does(divergence, phi4_tokenizer):
+    _, values = VARIANTS["phi3 as Phi-4-mini has it: longrope over a part of the head, tied"]
+    assert divergence("Phi3Config", phi4_tokenizer, {**values, "pad": 20_000}) < 1e-4
+
+
+def test_mistral_with_tokenizer_model_alone_computes_what_transformers_does(
+    divergence, mistral_v3_model, tmp_path
+):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(mistral_v3_model)
+    values = {"vocab_size": 32_010, "sliding_window": None, "rope_theta": 1e6}
+    assert divergence("MistralConfig", tmp_path / "tokenizer", values) < 1e-4
 
 
 def test_text_part_of_image_and_text_gemma3_is_converted(

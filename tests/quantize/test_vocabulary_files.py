@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import struct
 
 import pytest
 from gguf import TokenType
 
 from quantize.convert import convert
-from quantize.general import fitting_name
+from quantize.general import fitting_name, strip_notes
 from quantize.pieces import UnsupportedTokenizer
 from quantize.pretokenizer import UnknownPretokenizer
 from quantize.sentencepiece_model import InvalidSentencePiece, read_sentencepiece
@@ -37,35 +36,10 @@ def types_of(vocabulary, *texts):
     return [found[text] for text in texts]
 
 
-def message(number, data):
-    """A length-delimited protobuf field."""
-    return varint(number << 3 | 2) + varint(len(data)) + data
-
-
-def varint(value):
-    out = b""
-    while value > 127:
-        out, value = out + bytes([value & 127 | 128]), value >> 7
-    return out + bytes([value])
-
-
-def number(field, value):
-    return varint(field << 3) + varint(value)
-
-
-def sentencepiece_model(pieces, *, algorithm=2, prefix=1):
-    """The bytes of a tokenizer.model."""
-    data = b""
-    for text, score, kind in pieces:
-        piece = message(1, text.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score) + number(3, kind)
-        data += message(1, piece)
-    return data + message(2, number(3, algorithm)) + message(3, message(1, b"identity") + number(3, prefix))
-
-
 PIECES = [("<unk>", 0, 2), ("<s>", 0, 3), ("</s>", 0, 3), ("<0x0A>", 0, 6), ("▁a", -1.5, 1), ("가", -2, 1)]
 
 
-def test_tokenizer_model_is_read_without_sentencepiece(tmp_path):
+def test_tokenizer_model_is_read_without_sentencepiece(tmp_path, sentencepiece_model):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model([*PIECES, ("[X]", 0, 4)], prefix=0))
     vocabulary = read(tmp_path, n_vocab=10)
     assert [piece.text for piece in vocabulary.pieces][4:8] == ["▁a", "가", "[X]", "[PAD7]"]
@@ -81,7 +55,7 @@ def test_tokenizer_model_is_read_without_sentencepiece(tmp_path):
     assert (vocabulary.model, vocabulary.pre, vocabulary.adds_space_prefix) == ("llama", "default", False)
 
 
-def test_tokenizer_model_and_tokenizer_json_give_the_same_vocabulary(folder):
+def test_tokenizer_model_and_tokenizer_json_give_the_same_vocabulary(folder, sentencepiece_model):
     path = folder("llama2")
     alone = read(path)
     pieces = [(piece.text, piece.score, min(int(piece.type), 6)) for piece in alone.pieces]
@@ -104,15 +78,72 @@ def test_scores_follow_the_order_of_the_merges(tokenizer_dir):
         (lambda data: data[:-3], "no SentencePiece model"),
         (lambda _: b"\xff" * 40, "no SentencePiece model"),
         (lambda _: b"", "no pieces"),
-        (lambda _: sentencepiece_model(PIECES, algorithm=1), "model type 1"),
         (lambda _: b"IQ== 0\nIg== 1\n", "no SentencePiece model|no pieces"),
     ],
 )
-def test_damaged_or_foreign_tokenizer_model_is_refused(damage, problem, tmp_path):
+def test_damaged_tokenizer_model_is_refused(damage, problem, tmp_path, sentencepiece_model):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(damage(sentencepiece_model(PIECES)))
     with pytest.raises(InvalidSentencePiece, match=problem):
         read_sentencepiece(path)
+
+
+def test_tokenizer_model_of_another_algorithm_is_refused(tmp_path, sentencepiece_model):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(sentencepiece_model(PIECES, algorithm=1))
+    with pytest.raises(InvalidSentencePiece, match="model type 1"):
+        read_sentencepiece(path)
+
+
+def test_mistrals_tokenizer_model_gives_llamas_tokens_ten_further_and_control_tokens_in_text(
+    make_tiny, mistral_v3_model, tmp_path
+):
+    from tokenizers import Tokenizer
+
+    from engine.llama import Model
+
+    tiny = make_tiny("MistralConfig", "llama2", pad=10, num_hidden_layers=1)
+    reference = Tokenizer.from_file(str(tiny.path / "tokenizer.json"))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tiny.path / file).unlink()
+    (tiny.path / "tokenizer.model").write_bytes(mistral_v3_model)
+    metadata = convert(tiny.path, tmp_path / "tiny.gguf").metadata
+    assert metadata["tokenizer.ggml.model"] == "llama"
+    assert metadata["tokenizer.ggml.add_bos_token"] is True
+    assert (metadata["tokenizer.ggml.bos_token_id"], metadata["tokenizer.ggml.eos_token_id"]) == (1, 2)
+    with Model.open(tmp_path / "tiny.gguf", vocab_only=True) as model:
+        for text in ("Hello world", "  two spaces", "안녕하세요, 세계!", "🚀 x²\n\tif (x) {}", "1234.5"):
+            ids = reference.encode(text, add_special_tokens=False).ids
+            shifted = [token_id if token_id < 3 else token_id + 10 for token_id in ids]
+            assert model.tokenize(text, add_special=False, parse_special=False) == shifted, text
+        asked = model.tokenize("[INST]hi[/INST]", add_special=True, parse_special=True)
+        assert (asked[:2], asked[-1]) == ([1, 3], 4)
+
+
+def test_gpt4os_rule_is_recognised_by_its_words_and_its_swallowing_tokens_are_noted(phi4_tokenizer, tmp_path):
+    vocabulary = read(phi4_tokenizer, n_vocab=2005)
+    assert (vocabulary.model, vocabulary.pre) == ("gpt2", "gpt-4o")
+    assert types_of(vocabulary, "<|endoftext|>", "<|assistant|>") == ["CONTROL", "CONTROL"]
+    (note,) = strip_notes(vocabulary)
+    assert "swallow the spaces" in note
+    assert fitting_name("Phi-4-mini", vocabulary) == "Phi-4-mini"
+    other = shutil.copytree(phi4_tokenizer, tmp_path / "other")
+    change(other / "tokenizer.json", normalizer={"type": "Lowercase"})
+    with pytest.raises(UnknownPretokenizer, match="unknown rule"):
+        read(other, n_vocab=2005)
+    assert "(Lowercase)" in read(other, n_vocab=2005, pre="gpt-4o").notes[0]
+
+
+def test_normalizing_that_llama_cpp_does_not_do_is_noted(tokenizer_dir, folder):
+    (note,) = read(tokenizer_dir("qwen3"), n_vocab=151_936).notes
+    assert note.startswith("The tokenizer normalizes texts (NFC), llama.cpp does not")
+    for name, n_vocab in (("llama2", 32_000), ("gemma3", 262_208), ("mistral_nemo", 131_072)):
+        assert read(tokenizer_dir(name), n_vocab=n_vocab).notes == (), name
+    path = folder("llama2")
+    normalizer = json.loads((path / "tokenizer.json").read_text("utf-8"))["normalizer"]
+    normalizer["normalizers"].append({"type": "NFKC"})
+    change(path / "tokenizer.json", normalizer=normalizer)
+    assert "(NFKC)" in read(path).notes[0]
 
 
 @pytest.mark.parametrize(
@@ -260,6 +291,7 @@ def test_phi3_gets_the_name_by_which_llama_cpp_strips_spaces(phi3_tokenizer, tok
     phi = read(phi3_tokenizer, n_vocab=32_064)
     assert fitting_name("My Model", phi) == "Phi-3 My Model"
     assert fitting_name("phi-3-mini", phi) == "phi-3-mini"
+    assert strip_notes(phi) == ()
     assert fitting_name("Not phi3 at all", read(tokenizer_dir("llama2"))) == "Not phi 3 at all"
 
 

@@ -196,6 +196,7 @@ NORMAL_END = "llama.cpp takes any token spelt </s> for an end of text; to Qwen i
 MARKS = "llama.cpp's form of the tekken rule breaks words at combining marks"
 ESCAPED = "a user-defined token of two escaped spaces is matched as two spaces"
 NO_DIGITS = "the rebuilt tokenizer.json lost the rule that splits digits; ½ and ² count as such"
+SWALLOWED = "turn tokens swallow what follows them; llama.cpp does that for Phi-3 alone (noted in the report)"
 QWEN = {
     "e\u0301 combining": DECOMPOSED,
     "n\u0303o\u0308": DECOMPOSED,
@@ -218,6 +219,7 @@ EXCEPTIONS = {
     "qwen3": QWEN,
     "gemma3": {"▁▁": ESCAPED},
     "phi3": {},
+    "phi4": {"<|user|>\nhi<|end|>\n<|assistant|>\n": SWALLOWED},
     "smollm2": {text: NO_DIGITS for text in TRICKY if text.startswith(FRACTIONS)},
 }
 CONFIGS = {
@@ -225,18 +227,20 @@ CONFIGS = {
     "qwen3": "Qwen3Config",
     "gemma3": "Gemma3TextConfig",
     "phi3": "Phi3Config",
+    "phi4": "Phi3Config",
 }
 
 
 @pytest.fixture(scope="session")
-def checkpoint_of(make_tiny, phi3_tokenizer, smollm2_checkpoint):
+def checkpoint_of(make_tiny, phi3_tokenizer, phi4_tokenizer, smollm2_checkpoint):
+    built = {"phi3": phi3_tokenizer, "phi4": phi4_tokenizer}
+
     def folder(name):
         if name == "smollm2":
             return smollm2_checkpoint
-        tokenizer = phi3_tokenizer if name == "phi3" else name
         narrow = {"hidden_size": 32, "num_hidden_layers": 1, "head_dim": 8, "query_pre_attn_scalar": 8}
         return make_tiny(
-            CONFIGS.get(name, "LlamaConfig"), tokenizer, **narrow, eos_token_id=2, pad_token_id=0
+            CONFIGS.get(name, "LlamaConfig"), built.get(name, name), **narrow, eos_token_id=2, pad_token_id=0
         ).path
 
     return folder
