@@ -135,6 +135,11 @@ class Store:
         target = new_name(name, local.default_name)
         return self._put(target, local, source, copy, kind=kind, replace=replace, progress=progress or silent)
 
+    def check_free(self, path: Path, *, name: str) -> None:
+        """Raise what `add(path, name=name, replace=True)` would for a name that holds something else."""
+        if (self.models / check_name(name)).is_dir():
+            self._existing(name, source_of(LocalReference(str(path), Path(path).expanduser().absolute())))
+
     def remove(self, name: str, *, progress: Progress | None = None) -> None:
         """Delete an entry, or what an interrupted pull of that name left; waits for a pull that goes on."""
         folder, stage = self.models / check_name(name), Stage(self.pulls / name)

@@ -128,6 +128,11 @@ def _failure(order: Order, final: Path, lines: list[str], exitcode: int | None) 
         return DiskFull(final, "the disk is full or the file grew over its limit")
     reasons = [line for line in lines if "failed to quantize" in line or "GGML_ASSERT" in line]
     reason = reasons[-1].partition("failed to quantize: ")[2] or reasons[-1] if reasons else said[-300:]
+    if "data validation failed" in reason:
+        reason = (
+            f"a weight, or the scale of a block, is beyond the float16 numbers of {order.type}, or is NaN; "
+            "leave the type out, BF16 and F32 hold whatever the source does"
+        )
     died = f"llama.cpp died (exit code {exitcode}): " if exitcode else ""
     return QuantizeCallFailed(f"quantizing {order.source} to {order.type} failed: {died}{reason.strip()}")
 

@@ -4,6 +4,7 @@ Reads configuration, headers and the tokenizer; never a tensor, save to see whet
 embedding once more.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,18 @@ from quantize.frame import why_mute
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """`notes` are for the report. `mute` says why the model cannot write texts, None when it seems to."""
+    """`notes` are for the report. `mute` says why the model cannot write texts, None when it seems to.
+
+    `n_matrix` and `n_vector` count the numbers in tensors of two dimensions or more, and of one;
+    `source_bytes` is the size of the GGUF's tensors, converted or as given.
+    """
 
     notes: tuple[str, ...]
     mute: str | None
+    n_matrix: int
+    n_vector: int
+    n_vocab: int
+    source_bytes: int
 
 
 def describe_checkpoint(path: Path, *, pre: str | None = None, adapter: Path | None = None) -> Description:
@@ -26,14 +35,29 @@ def describe_checkpoint(path: Path, *, pre: str | None = None, adapter: Path | N
     ready = prepare(path, adapter=Adapter.open(adapter) if adapter else None, pre=pre)
     vocabulary = ready.vocabulary
     bos, eos = vocabulary.text_of("bos"), vocabulary.text_of("eos")
-    return Description(ready.notes, why_mute(vocabulary.default_template, bos_token=bos, eos_token=eos))
+    shapes = [output.shape for output in ready.outputs]
+    return Description(
+        notes=ready.notes,
+        mute=why_mute(vocabulary.default_template, bos_token=bos, eos_token=eos),
+        n_matrix=sum(math.prod(shape) for shape in shapes if len(shape) > 1),
+        n_vector=sum(math.prod(shape) for shape in shapes if len(shape) == 1),
+        n_vocab=len(vocabulary.pieces),
+        source_bytes=sum(output.size_bytes for output in ready.outputs),
+    )
 
 
 def describe_gguf(path: Path) -> Description:
     """What the header of a GGUF says."""
     header = read_header(path)
     bos, eos = (_token(header.metadata, role) for role in ("bos", "eos"))
-    return Description((), why_mute(header.chat_template, bos_token=bos, eos_token=eos))
+    return Description(
+        notes=(),
+        mute=why_mute(header.chat_template, bos_token=bos, eos_token=eos),
+        n_matrix=sum(tensor.n_elements for tensor in header.tensors if len(tensor.shape) > 1),
+        n_vector=sum(tensor.n_elements for tensor in header.tensors if len(tensor.shape) == 1),
+        n_vocab=len(header.metadata.get("tokenizer.ggml.tokens", ())),
+        source_bytes=header.tensor_bytes,
+    )
 
 
 #: What llama.cpp takes where a SentencePiece vocabulary names none; for others it has no sound default.

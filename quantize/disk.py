@@ -19,7 +19,7 @@ class DiskFull(QuantizeError):
         free = shutil.disk_usage(folder).free
         super().__init__(
             f"could not write {path}: {reason} ({free / 1e6:.0f} MB free on that disk);"
-            " make room or choose another --out, and run the same command again: finished steps are kept"
+            " make room and run the same command again, finished steps are kept; or choose another --out"
         )
 
 

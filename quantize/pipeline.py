@@ -20,6 +20,7 @@ from quantize.errors import QuantizeError
 from quantize.frame import CannotConverse
 from quantize.plots import divergence_figure, png, speed_figure, svg
 from quantize.report import FileReport, Report, SourceReport, TextReport, divergence_of, to_json, types_of
+from quantize.room import refuse_too_small_a_disk
 from quantize.settings import Progress, Settings, silent
 from quantize.source import is_full_precision
 from quantize.speed import Speed, processor
@@ -62,12 +63,13 @@ class _Run:
         return self.ledger.ensure(step)
 
     def report(self) -> Report:
-        """Run all steps in order; what the source may fail at comes before what takes long."""
+        """Run all steps in order; what the source or a text may fail at comes before what takes long."""
         work, settings = self.work, self.settings
+        refuse_too_small_a_disk(settings.out, self.ledger.pending(work.steps()))
         source = self._source()
+        text = self._text(work.text, "text")
         calibration = self._text(work.calibration, None)
         evaluation = self._held_out()
-        text = self._text(work.text, "text")
         importance = self.ensure(work.importance) if work.importance else None
         made = {kind: self.ensure(work.quantized(kind)) for kind in settings.types}
         files = tuple(self._file(kind, facts) for kind, facts in made.items())

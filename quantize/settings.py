@@ -3,16 +3,19 @@
 Plain values; knows neither the command line nor the steps.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from models.gguf import read_header
+from models.lora import Adapter
 from quantize.describe import Description, describe_checkpoint, describe_gguf
 from quantize.errors import QuantizeError
 from quantize.frame import CannotConverse
 from quantize.measure import Backend
+from quantize.pretokenizer import check_name
 from quantize.source import Source, UnusableSource, is_full_precision
 from quantize.texts import read_text
 from quantize.types import DEFAULT_TYPES, refuse_without_importance
@@ -47,6 +50,19 @@ class Settings:
 
     def check(self) -> Description:
         """What the source is; raises for what cannot work, before anything is hashed or written."""
+        if self.source.kind == "gguf":
+            self._check_gguf()
+        self.check_options()
+        if self.source.kind == "gguf":
+            description = describe_gguf(self.source.path)
+        else:
+            description = describe_checkpoint(self.source.path, pre=self.pre, adapter=self.adapter)
+        if description.mute and (self.calibration == "self" or self.eval_text is None):
+            raise CannotConverse(description.mute)
+        return description
+
+    def check_options(self) -> None:
+        """Raise for what no source could make right, so that none is fetched for it."""
         if not self.types:
             raise QuantizeError("--types: no type is named")
         if self.calibration == "none":
@@ -62,14 +78,19 @@ class Settings:
         for text in (self.calibration, self.eval_text):
             if isinstance(text, Path):
                 read_text(text)
-        if self.source.kind == "gguf":
-            self._check_gguf()
-            description = describe_gguf(self.source.path)
-        else:
-            description = describe_checkpoint(self.source.path, pre=self.pre, adapter=self.adapter)
-        if description.mute and (self.calibration == "self" or self.eval_text is None):
-            raise CannotConverse(description.mute)
-        return description
+        if self.pre is not None:
+            check_name(self.pre)
+        if self.adapter is not None:
+            Adapter.open(self.adapter)
+        self._check_out()
+
+    def _check_out(self) -> None:
+        """The folder is there, or can be made in the nearest one that is."""
+        nearest = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
+        if not nearest.is_dir():
+            raise QuantizeError(f"--out {self.out}: {nearest} is a file; give a folder")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise QuantizeError(f"--out {self.out}: Permission denied in {nearest}; choose another --out")
 
     def _check_gguf(self) -> None:
         given = self.source.given

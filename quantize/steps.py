@@ -8,7 +8,7 @@ nothing of models.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,13 +24,17 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One piece of work. `make` writes `outputs` (each whole or not at all); it returns facts."""
+    """One piece of work. `make` writes `outputs` (each whole or not at all); it returns facts.
+
+    `least_bytes` is what the outputs will hold at least, where that is known and much.
+    """
 
     name: str
     make: Callable[[], Facts]
     parameters: Mapping[str, Any]
     needs: tuple["Step", ...] = ()
     outputs: tuple[Path, ...] = ()
+    least_bytes: int = 0
 
     @property
     def key(self) -> str:
@@ -66,6 +70,15 @@ class Ledger:
         facts = step.make()
         self._write(step, facts, time.monotonic() - started)
         return json.loads(json.dumps(facts))
+
+    def pending(self, steps: Iterable[Step]) -> list[Step]:
+        """What `ensure` would run for all of these, each once."""
+        found: dict[str, Step] = {}
+        for step in steps:
+            if step.name not in found and self.facts(step) is None:
+                found |= {needed.name: needed for needed in self.pending(step.needs)}
+                found[step.name] = step
+        return list(found.values())
 
     def seconds(self, step: Step) -> float:
         """How long a finished step took."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.llama import Context, Model
 from engine.loop import Loop
+from engine.sampling import NotANumber
 from models.gguf import read_header
 from quantize.calibrate import Plan, converse
 from quantize.conversation import Conversation, Journal, windows
@@ -25,6 +26,13 @@ MIN_TEXT = 512  # tokens
 MIN_ANSWER = 32  # tokens
 MAX_TEXT_BYTES = 64 * 10**6
 Progress = Callable[[int, int], None]
+
+
+class NotFinite(CannotConverse):
+    """A generator that overflows."""
+
+    def __init__(self) -> None:
+        super().__init__("run as Q8_0 the model computes NaN instead of predictions")
 
 
 class UnusableText(QuantizeError):
@@ -67,7 +75,10 @@ def write_conversations(
         plan = fitted(plan, around, n_ctx_train=model.n_ctx_train, has_turns=frame is not None)
         n_ctx = around + plan.max_question + plan.max_answer + 8
         with _loop(model, n_ctx, plan.n_parallel, backend) as loop:
-            converse(loop, frame, plan, journal, bos=model.bos_id, seen=seen, progress=progress)
+            try:
+                converse(loop, frame, plan, journal, bos=model.bos_id, seen=seen, progress=progress)
+            except NotANumber:
+                raise NotFinite from None
     how = "written by the model itself (run as Q8_0)"
     if frame is None:
         how += ", from BOS on: it has no chat template"
@@ -114,6 +125,8 @@ def read_text(path: Path) -> str:
     data = path.read_bytes()
     if not data.strip():
         raise UnusableText(path, "the file is empty")
+    if len(data) < MIN_TEXT:
+        raise UnusableText(path, f"it has only {len(data)} bytes, and a token takes one at least")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -21,6 +21,7 @@ from quantize.describe import Description
 from quantize.frame import VARIABLES
 from quantize.importance import collect
 from quantize.measure import Passage, measure, passages, write_reference
+from quantize.room import least_bytes
 from quantize.settings import Progress, Settings
 from quantize.source import digest
 from quantize.speed import measure_speed
@@ -58,7 +59,8 @@ class Work:
             return Step("source", dict, parameters)
         parameters["pre"] = settings.pre
         parameters["adapter"] = digest(settings.adapter) if settings.adapter else None
-        return Step("source", self._convert, parameters, outputs=(self.source_file,))
+        size = self.description.source_bytes
+        return Step("source", self._convert, parameters, outputs=(self.source_file,), least_bytes=size)
 
     @property
     def source_file(self) -> Path:
@@ -98,7 +100,8 @@ class Work:
     @cached_property
     def generator(self) -> Step:
         """The source as Q8_0: half the memory, fast on every processor, and nearly lossless."""
-        return Step("generator", self._make_generator, {}, (self.source,), (self.generator_file,))
+        size = least_bytes("Q8_0", self.description)
+        return Step("generator", self._make_generator, {}, (self.source,), (self.generator_file,), size)
 
     @property
     def generator_file(self) -> Path:
@@ -201,13 +204,15 @@ class Work:
         return {"sha256": digest(self.matrix_file), "n_entries": len(matrix.entries)}
 
     def file(self, kind: str) -> Path:
-        return self.settings.out / f"{self.settings.source.name}-{kind}.gguf"
+        """Where the file of a type lies."""
+        return self.settings.out / self.settings.source.file_name(kind)
 
     def quantized(self, kind: str) -> Step:
         """One of the files."""
         needs = (self.source,) if self.importance is None else (self.source, self.importance)
         parameters = {"type": kind, "allow_requantize": self.settings.allow_requantize}
-        return Step(f"quantize-{kind}", lambda: self._make(kind), parameters, needs, (self.file(kind),))
+        size = least_bytes(kind, self.description)
+        return Step(f"quantize-{kind}", lambda: self._make(kind), parameters, needs, (self.file(kind),), size)
 
     def _make(self, kind: str) -> Facts:
         out = self.file(kind)
@@ -235,7 +240,21 @@ class Work:
             write_reference(self.source_file, passages_, out, backend=self.settings.backend, progress=ticker)
             return {"n_scored": sum(len(passage.positions) for passage in passages_)}
 
-        return Step(f"reference-{texts.name}", make, {"threads": self._threads}, (self.source, texts), (out,))
+        return Step(
+            f"reference-{texts.name}",
+            make,
+            {"threads": self._threads},
+            (self.source, texts),
+            (out,),
+            4 * self._least_scored(role) * self.description.n_vocab,
+        )
+
+    def _least_scored(self, role: Role) -> int:
+        """Tokens scored at least; of a text file half, if its tokens are not longer than eight bytes."""
+        text = self.settings.eval_text
+        if role == "text" and text is not None:
+            return min(self.settings.eval_tokens, text.stat().st_size // 16)
+        return self.settings.eval_tokens
 
     def divergence(self, kind: str, texts: Step, role: Role) -> Step:
         """How far one file is from the source over some texts."""
@@ -262,6 +281,16 @@ class Work:
             return dataclasses.asdict(measure_speed(self.file(kind), backend=self.settings.backend))
 
         return Step(f"speed-{kind}", make, {"threads": self._threads}, (self.quantized(kind),))
+
+    def steps(self) -> list[Step]:
+        """What the report is made of, all that it needs following from it."""
+        held_out, text = self.evaluation, self.text
+        found = [self.facts, self.calibration, held_out, text, self.importance]
+        for kind in self.settings.types:
+            found += [self.quantized(kind), self.speed(kind)]
+            found.append(self.divergence(kind, held_out, "assistant") if held_out else None)
+            found.append(self.divergence(kind, text, "text") if text else None)
+        return [step for step in found if step]
 
     def passages(self, texts: Step, role: Role) -> list[Passage]:
         """What a text step wrote, with the tokens of one role scored."""

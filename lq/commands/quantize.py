@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,28 +98,33 @@ def quantize(
     from quantize.measure import Backend
     from quantize.report import to_json
     from quantize.settings import Settings
-    from quantize.source import find, named
+    from quantize.source import find, named, unseen
     from quantize.types import parse_types
 
-    names, store = parse_types(types), Store.default()
+    store = Store.default()
+    settings = Settings(
+        source=named(unseen(source), name),
+        out=out.expanduser().absolute(),
+        types=parse_types(types),
+        adapter=store.resolve_adapter(lora) if lora else None,
+        calibration=_calibration(calibration),
+        calibration_tokens=calibration_tokens,
+        eval_tokens=eval_tokens,
+        eval_text=eval_text.expanduser() if eval_text else None,
+        seed=seed,
+        pre=pre,
+        keep_source=keep_source,
+        allow_requantize=allow_requantize,
+        backend=Backend(threads),
+        command=shlex.join(["lq", *sys.argv[1:]]),
+    )
+    settings.check_options()
     with _progress() as progress:
-        found = find(source, store=store, progress=progress)
-        settings = Settings(
-            source=named(found, name),
-            out=out.expanduser().absolute(),
-            types=names,
-            adapter=store.resolve_adapter(lora) if lora else None,
-            calibration=_calibration(calibration),
-            calibration_tokens=calibration_tokens,
-            eval_tokens=eval_tokens,
-            eval_text=eval_text,
-            seed=seed,
-            pre=pre,
-            keep_source=keep_source,
-            allow_requantize=allow_requantize,
-            backend=Backend(threads),
-            command=shlex.join(["lq", *sys.argv[1:]]),
-        )
+        found = named(find(source, store=store, progress=progress), name)
+        settings = replace(settings, source=found)
+        if to_store:
+            for kind in settings.types:
+                store.check_free(settings.out / found.file_name(kind), name=found.store_name(kind))
         report = pipeline.run(settings, progress=progress)
         if to_store:
             with disk_errors(store.root):
@@ -132,8 +138,7 @@ def _calibration(text: str):
 
 def _store(store, report: Report, settings: Settings, progress: Progress) -> None:
     for file in report.files:
-        path = settings.out / file.file
-        name = f"{report.source.name}-{file.type}".lower()
+        path, name = settings.out / file.file, settings.source.store_name(file.type)
         store.add(path, name=name, licence=report.source.licence, replace=True, progress=progress)
 
 

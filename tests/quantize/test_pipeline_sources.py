@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from engine.sampling import NotANumber
 from models.atomic import partial_name
 from models.errors import ModelsError
 from models.store import Store
-from quantize import work
+from quantize import texts, work
 from quantize.calibrate import NoUsableText
 from quantize.families.supported import UnsupportedArchitecture
 from quantize.frame import CannotConverse
@@ -69,6 +70,18 @@ def test_a_model_that_turns_out_to_write_nothing_usable_is_measured_on_the_text(
     report = run(dataclasses.replace(settings, eval_text=ALICE))
     assert "200 empty question" in report.warnings[0]
     assert report.files[0].text is not None
+
+
+def test_a_generator_that_overflows_is_told_as_a_model_that_cannot_converse(asked, monkeypatch, tmp_path):
+    def overflows(*_, **__):
+        raise NotANumber
+
+    monkeypatch.setattr(texts, "converse", overflows)
+    settings = dataclasses.replace(asked, calibration="none", types=("Q4_0",), out=tmp_path / "out")
+    with pytest.raises(CannotConverse, match=r"as Q8_0 the model computes NaN.*--eval-text FILE"):
+        run(settings)
+    report = run(dataclasses.replace(settings, eval_text=ALICE))
+    assert "computes NaN" in report.warnings[0]
 
 
 def test_what_cannot_be_converted_is_refused_before_the_folder_is_made(asked, checkpoint, tmp_path):

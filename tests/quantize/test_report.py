@@ -151,3 +151,11 @@ def test_json_reads_back_as_the_same_records(report):
     assert divergence_of(first["chats"]) == report.files[0].chats
     assert types_of(first["types"]) == report.files[0].types
     assert divergence_of(None) is None
+
+
+def test_what_the_user_should_know_is_on_the_terminal_and_in_the_card(report, capsys, tmp_path):
+    from lq.commands.quantize import _show
+
+    _show(report, tmp_path)
+    assert "note: rows fell back\n" in capsys.readouterr().out
+    assert "## Know this\n\n- rows fell back" in card(report)

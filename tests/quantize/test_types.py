@@ -124,6 +124,33 @@ def test_rows_that_do_not_fit_fall_back_and_are_told(narrow_gguf, tmp_path):
     assert f"{types.bits_per_weight:.2f} bits per weight" in warning
 
 
+@pytest.mark.parametrize("kind", ["F16", "Q4_0"])
+def test_a_weight_beyond_float16_is_told_with_the_types_that_hold_it(kind, tmp_path):
+    import gguf
+    import numpy as np
+
+    source = tmp_path / "large.gguf"
+    writer = gguf.GGUFWriter(source, "llama")
+    for add, value in (
+        (writer.add_block_count, 1),
+        (writer.add_context_length, 8),
+        (writer.add_head_count, 1),
+    ):
+        add(value)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(32)
+    writer.add_layer_norm_rms_eps(1e-5)
+    for name in ("token_embd.weight", "output.weight", "blk.0.attn_v.weight", "blk.0.ffn_down.weight"):
+        writer.add_tensor(name, np.full((32, 32), 1e8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(QuantizeCallFailed, match=rf"float16 numbers of {kind}, .*BF16 and F32 hold"):
+        quantize(Order(source, tmp_path / "out.gguf", kind, n_threads=1))
+    quantize(Order(source, tmp_path / "out.gguf", "BF16", n_threads=1))
+
+
 def test_an_abort_inside_llama_cpp_is_an_error_here(wide_gguf, tmp_path):
     order = Order(wide_gguf, tmp_path / "x.gguf", "Q8_0", n_threads=1, token_embedding_type=IQ2_XXS)
     with pytest.raises(QuantizeCallFailed, match=r"llama.cpp died .*GGML_ASSERT"):
