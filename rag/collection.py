@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from rag import check, passages, retrieve
+from rag.broken import UnfinishedCollection
 from rag.errors import RagError
 from rag.passage import Passage
 from rag.settings import OtherEmbedder, Settings
@@ -121,13 +122,6 @@ class Collection:
             self._settings()
             return check.problems(self.directory, self._open())
 
-    def repair(self) -> list[str]:
-        """Mend what verify finds; says what was done."""
-        with self._lock:
-            self._settings()
-            self._index = None
-            return check.repair(self.directory, self._open())
-
     def close(self) -> None:
         with self._lock:
             self._forget()
@@ -143,7 +137,10 @@ class Collection:
             if not path.is_file():
                 raise UnknownCollection(self.directory.name, names(self.directory.parent))
             self._file = _identity(path)
-            self._database = Database(path)
+            try:
+                self._database = Database(path)
+            except UnfinishedCollection:
+                raise UnknownCollection(self.directory.name, names(self.directory.parent)) from None
         return self._database
 
     def _settings(self) -> Settings:

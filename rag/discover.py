@@ -83,7 +83,7 @@ def walk(
     skipped: dict[str, Skipped] = {}
     for given in paths:
         root = normal(given)
-        if _is_missing(root):
+        if is_missing(root):
             if any(Path(path).is_relative_to(root) for path in known):
                 continue
             raise MissingPath(Path(given))
@@ -95,7 +95,8 @@ def walk(
     return Discovery(files=tuple(files.values()), skipped=tuple(skipped.values()))
 
 
-def _is_missing(path: Path) -> bool:
+def is_missing(path: Path) -> bool:
+    """Whether nothing is there; False for what cannot be looked at."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):

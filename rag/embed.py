@@ -59,7 +59,10 @@ class Embedder:
 
     @property
     def dimension(self) -> int:
-        return int(self._model.get_embedding_dimension() or 0)
+        dimension = int(self._model.get_embedding_dimension() or 0)
+        if not dimension:
+            raise UnusableEmbedder(self.path, "it does not say how long its vectors are")
+        return dimension
 
     @property
     def max_tokens(self) -> int:
@@ -142,13 +145,17 @@ class Embedder:
         for first in range(0, len(order), BATCH):
             rows = order[first : first + BATCH]
             with _quiet():
-                vectors[rows] = encode(
+                found = encode(
                     [texts[row] for row in rows],
                     batch_size=BATCH,
                     show_progress_bar=False,
                     convert_to_numpy=True,
                     normalize_embeddings=True,
                 )
+            if found.shape != vectors[rows].shape:
+                problem = f"it writes vectors of {found.shape[-1]} numbers and says {self.dimension}"
+                raise UnusableEmbedder(self.path, problem)
+            vectors[rows] = found
             if progress:
                 progress(first + len(rows), len(texts))
         if not np.isfinite(vectors).all():

@@ -16,7 +16,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from rag import parse
-from rag.discover import Discovery, Found, normal, printable, walk
+from rag.discover import Discovery, Found, is_missing, normal, printable, walk
 from rag.errors import RagError
 from rag.lexical import best_mode
 from rag.read import ReadFile, load, read
@@ -119,7 +119,8 @@ def index(
             if before is None:
                 run.check_any(paths)
         all_roots = dict.fromkeys([*(str(normal(root)) for root in database.roots()), *roots])
-        database.set_roots([root for root in all_roots if root not in roots or Path(root).exists()])
+        deleted = [root for root in all_roots if _below(Path(root), roots) and is_missing(Path(root))]
+        database.set_roots([root for root in all_roots if root not in deleted])
         run.finish(directory)
         return run.report(time.monotonic() - started)
 
@@ -150,7 +151,12 @@ def _writing(directory: Path) -> Iterator[Database]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         existed = (directory / FILE_NAME).exists()
-        database = Database(directory / FILE_NAME, create=True)
+        try:
+            database = Database(directory / FILE_NAME, create=True)
+        except RagError:
+            if not existed:
+                shutil.rmtree(directory)
+            raise
         try:
             yield database
         except BaseException:

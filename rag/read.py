@@ -12,6 +12,7 @@ from typing import Protocol
 from rag import lexical, parse
 from rag.chunk import Chunk, chunk
 from rag.document import Document, Unreadable
+from rag.errors import RagError
 from rag.settings import Settings
 from rag.store import ChunkRow, FileRow, WindowRow, now_ns
 
@@ -47,6 +48,8 @@ def read(path: Path, name: str, *, tokens: Tokens, settings: Settings, parser: s
         chunks = _cut(document, tokens, settings)
     except Unreadable as error:
         return ReadFile(replace(row, reason=str(error)), (), {})
+    except RagError:  # the embedder's, for one: no file is to blame
+        raise
     except Exception as error:  # a parser's defect costs its file, not the run
         reason = f"its parser failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         # Without a hash it is read again by the next run: memory may have been short, or a library missing.

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from rag.broken import BrokenCollection
 from rag.settings import Settings
-from rag.store import BrokenCollection, Database
+from rag.store import Database
 
 _SCRATCH = "rebuild.sqlite"
 

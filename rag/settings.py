@@ -35,6 +35,13 @@ class InvalidChunks(RagError):
 class OtherEmbedder(RagError):
     def __init__(self, name: str, roots: Sequence[str], built: Settings, *, given: str, mark: str) -> None:
         repair = rebuild_command(name, roots, embedder=given)
+        if given == built.embedder:
+            super().__init__(
+                f"collection {name!r}: the files of its embedder {given!r} are not those it was built with "
+                f"({mark}, not {built.embedder_fingerprint}): they are damaged or another model's; put them "
+                f"back, or build the collection again with: {repair}"
+            )
+            return
         super().__init__(
             f"collection {name!r} was built with the embedder {built.embedder!r} "
             f"({built.embedder_fingerprint}), not {given!r} ({mark}): their vectors do not compare; "

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rag.errors import RagError
+from rag.broken import BrokenCollection, FullDisk, UnfinishedCollection
 from rag.lexical import TOKENIZE
 from rag.settings import Settings
 
@@ -22,7 +22,7 @@ FILE_NAME = "collection.sqlite"
 SCHEMA_VERSION = 2
 VECTOR = np.dtype("<f2")  # float16: half the bytes; recall is the same, see docs/log.md
 
-LEXICAL = f"CREATE VIRTUAL TABLE lexical USING fts5 (heading, body, tokenize = '{TOKENIZE}')"
+_LEXICAL = f"CREATE VIRTUAL TABLE lexical USING fts5 (heading, body, tokenize = '{TOKENIZE}')"
 _SCHEMA = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE files (
@@ -39,7 +39,7 @@ CREATE TABLE windows (
 CREATE INDEX windows_of_chunk ON windows (chunk_id);
 CREATE INDEX windows_of_hash ON windows (hash);
 CREATE TABLE vectors (hash BLOB PRIMARY KEY, vector BLOB NOT NULL) WITHOUT ROWID;
-{LEXICAL};
+{_LEXICAL};
 CREATE TRIGGER forget_words AFTER DELETE ON chunks BEGIN DELETE FROM lexical WHERE rowid = old.id; END;
 PRAGMA user_version = {SCHEMA_VERSION};
 """
@@ -90,16 +90,6 @@ class ChunkRow:
     windows: tuple[WindowRow, ...]
 
 
-class BrokenCollection(RagError):
-    def __init__(self, path: Path, reason: object) -> None:
-        remedy = (
-            f"free space or mend the disk, or delete the folder {path.parent} and index again"
-            if getattr(reason, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL
-            else "free space and run the command again, nothing is lost"
-        )
-        super().__init__(f"{path} cannot be used: {reason}; {remedy}")
-
-
 class Database:
     """One connection; usable from several threads, one at a time."""
 
@@ -128,7 +118,10 @@ class Database:
                 for statement in _statements(_FROM_1):
                     self.connection.execute(statement)
         elif version != SCHEMA_VERSION:
+            empty = version == 0 and not self.connection.execute("SELECT 1 FROM sqlite_schema").fetchone()
             self.connection.close()
+            if empty:
+                raise UnfinishedCollection(self.path, "its creation was interrupted")
             raise BrokenCollection(self.path, f"its schema is version {version}, not {SCHEMA_VERSION}")
 
     @contextlib.contextmanager
@@ -162,7 +155,8 @@ class Database:
         try:
             yield
         except sqlite3.DatabaseError as error:
-            raise BrokenCollection(self.path, error) from error
+            is_full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+            raise (FullDisk if is_full else BrokenCollection)(self.path, error) from error
 
     def close(self) -> None:
         self.connection.close()
@@ -292,10 +286,9 @@ class Database:
         with self.transaction() as sql:
             sql.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?)", rows)
 
-    def drop_unused_vectors(self) -> int:
+    def drop_unused_vectors(self) -> None:
         with self.transaction() as sql:
-            gone = sql.execute("DELETE FROM vectors WHERE hash NOT IN (SELECT hash FROM windows)")
-            return gone.rowcount
+            sql.execute("DELETE FROM vectors WHERE hash NOT IN (SELECT hash FROM windows)")
 
     def window_ids(self) -> np.ndarray:
         """(n,) int64, ascending."""
@@ -313,6 +306,8 @@ class Database:
             with self._explained():
                 rows = self.connection.execute(query, some).fetchall()
             raw = b"".join(row[1] for row in rows)
+            if len(raw) != len(rows) * dimension * VECTOR.itemsize:
+                raise BrokenCollection(self.path, f"it holds vectors that are not of {dimension} numbers")
             vectors = np.frombuffer(raw, VECTOR).astype(np.float32).reshape(len(rows), dimension)
             yield np.array([row[0] for row in rows], np.int64), vectors
 

@@ -1,5 +1,6 @@
 """Searching, checking and repairing a collection; what a killed run leaves."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from rag.broken import BrokenCollection
 from rag.collection import Collection, InvalidName, UnknownCollection, directory_of
 from rag.errors import RagError
 from rag.ingest import index
@@ -139,8 +141,12 @@ def test_an_open_collection_that_is_deleted_is_gone_and_one_indexed_again_is_rea
     collection.close()
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "manifest", "list", "stale"])
-def test_a_lost_or_damaged_generation_changes_no_answer_and_is_repaired(home, embedder, damage):
+#: What a manifest may hold that is none.
+MANIFESTS = ["{", "[1]", '"text"', "1", "null", "{}", '{"file": null}', "\udcff", "[" * 50_000]
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "no manifest", *MANIFESTS, "stale"])
+def test_a_lost_or_damaged_generation_changes_no_answer_and_is_written_again(home, folder, embedder, damage):
     expected = Collection.open(home).search("salary rule 2", k=5, embedder=embedder)
     (generation,) = home.glob("vectors-*.faiss")
     data = generation.read_bytes()
@@ -150,31 +156,66 @@ def test_a_lost_or_damaged_generation_changes_no_answer_and_is_repaired(home, em
         generation.write_bytes(data[: len(data) // 2])
     elif damage == "flipped":
         generation.write_bytes(data[:-100] + bytes(byte ^ 255 for byte in data[-100:]))
-    elif damage == "manifest":
-        (home / "vectors.json").write_text("{")
-    elif damage == "list":
-        (home / "vectors.json").write_text("[1]")
+    elif damage == "no manifest":
+        (home / "vectors.json").unlink()
+    elif damage in MANIFESTS:
+        (home / "vectors.json").write_text(damage, "utf-8", errors="surrogateescape")
     else:
         with sqlite3.connect(home / "collection.sqlite") as sql:
             sql.execute("UPDATE meta SET value = value + 1 WHERE key = 'change'")
         sql.close()
     collection = Collection.open(home)
     assert collection.search("salary rule 2", k=5, embedder=embedder) == expected
-    assert len(collection.verify()) == 1
-    assert any("vector index" in sentence for sentence in collection.repair())
+    (sentence,) = collection.verify()
+    assert "vector index" in sentence
+    report = index(home, [folder], embedder=embedder)
+    assert (report.unchanged, report.embedded_windows) == (3, 0)
     assert collection.verify() == []
+    assert collection.search("salary rule 2", k=5, embedder=embedder) == expected
+    collection.close()
 
 
-def test_lost_words_and_vectors_are_found_and_repaired(home, folder, embedder):
+def test_vectors_of_another_length_are_one_error(home, embedder):
+    (home / "vectors.json").unlink()
+    with contextlib.closing(sqlite3.connect(home / "collection.sqlite")) as sql, sql:
+        sql.execute("UPDATE vectors SET vector = x'00000000'")
+    with pytest.raises(BrokenCollection, match="not of 64 numbers"):
+        Collection.open(home).search("salary", embedder=embedder)
+
+
+@pytest.mark.parametrize("left", [b"", None])
+def test_a_database_without_tables_is_no_collection_yet(tmp_path, folder, embedder, left):
+    """What a full disk or a lost machine may leave of a first run."""
+    home = tmp_path / "collections" / "begun"
+    home.mkdir(parents=True, exist_ok=True)
+    if left is not None:
+        (home / "collection.sqlite").write_bytes(left)
+    else:
+        with contextlib.closing(sqlite3.connect(home / "collection.sqlite")) as sql:
+            sql.execute("PRAGMA journal_mode = WAL")
+    with pytest.raises(UnknownCollection, match="lq index begun"):
+        Collection.open(home)
+    assert index(home, [folder], embedder=embedder).added == 3
+    assert Collection.open(home).verify() == []
+
+
+def test_a_database_of_something_else_is_refused(tmp_path):
+    home = tmp_path / "collections" / "other"
+    home.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(sqlite3.connect(home / "collection.sqlite")) as sql, sql:
+        sql.execute("CREATE TABLE theirs (x)")
+    with pytest.raises(BrokenCollection, match="schema is version 0"):
+        Collection.open(home)
+
+
+def test_lost_words_and_vectors_are_found_and_a_rebuild_brings_them_back(home, folder, embedder):
     with sqlite3.connect(home / "collection.sqlite") as sql:
         sql.execute("DELETE FROM lexical WHERE rowid = 1")
         sql.execute("DELETE FROM vectors WHERE hash = (SELECT hash FROM windows ORDER BY id DESC LIMIT 1)")
     sql.close()
     collection = Collection.open(home)
     assert len(collection.verify()) >= 2
-    assert len(collection.repair()) >= 2
-    assert collection.verify() == []
-    assert index(home, [folder], embedder=embedder).added == 1
+    assert index(home, [folder], embedder=embedder, rebuild=True).added == 3
     assert collection.info().n_files == 3
     assert collection.verify() == []
 

@@ -57,6 +57,14 @@ def test_a_folder_that_is_no_embedder_is_one_error(tmp_path):
         Embedder.load(tmp_path).queries(["a"])
 
 
+@pytest.mark.parametrize("said", [383, 0, None])
+def test_vectors_of_another_length_than_the_model_says_are_one_error(minilm_dir, monkeypatch, said):
+    embedder = Embedder.load(minilm_dir)
+    monkeypatch.setattr(embedder._model, "get_embedding_dimension", lambda: said)
+    with pytest.raises(UnusableEmbedder, match=r"vectors .*lq pull"):
+        embedder.queries(["a"])
+
+
 def test_a_question_in_other_words_finds_its_passage(minilm, tmp_path):
     notes = tmp_path / "notes"
     notes.mkdir()

@@ -11,11 +11,12 @@ from filelock import FileLock
 from fpdf import FPDF
 
 from rag import parse
+from rag.broken import BrokenCollection
 from rag.collection import Collection
 from rag.discover import MissingPath
+from rag.embed import UnusableEmbedder
 from rag.ingest import CollectionBusy, NothingToIndex, index
 from rag.settings import InvalidChunks, OtherChunks, OtherEmbedder
-from rag.store import BrokenCollection
 
 
 @pytest.fixture
@@ -241,6 +242,82 @@ def test_what_was_named_and_deleted_can_be_removed(home, folder, embedder):
     assert (info.n_files, info.roots) == (0, ())
     with pytest.raises(MissingPath):
         index(home, [folder], embedder=embedder)
+
+
+def test_a_file_that_was_named_and_deleted_leaves_no_trace_when_its_folder_is_indexed(home, folder, embedder):
+    index(home, [folder / "pay.md", folder / "leave.md"], embedder=embedder)
+    assert "pay.md" in files_found(home, embedder, "salary")
+    (folder / "pay.md").unlink()
+    report = index(home, [folder], embedder=embedder)
+    assert (report.removed, report.added, report.unchanged) == (1, 1, 1)
+    assert "pay.md" not in files_found(home, embedder, "salary")
+    info = Collection.open(home).info()
+    assert (info.n_files, info.roots) == (2, (str(folder / "leave.md"), str(folder)))
+    # Every root is there, so that the command which builds the collection again works as it is printed.
+    roots = [Path(root) for root in info.roots]
+    assert index(home, roots, embedder=embedder, rebuild=True).added == 2
+
+
+@pytest.mark.usefixtures("built")
+def test_a_file_that_cannot_be_opened_for_a_while_is_read_when_it_can(home, folder, embedder, monkeypatch):
+    real = Path.read_bytes
+
+    def refuse(path):
+        if path.name == "pay.md":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    (folder / "pay.md").write_text("Salaries are paid in gold.", "utf-8")
+    facts = (folder / "pay.md").stat()
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    for _ in range(2):
+        report = index(home, [folder], embedder=embedder)
+        assert dict(report.skipped) == {str(folder / "pay.md"): "it cannot be read: Permission denied"}
+    monkeypatch.undo()
+    os.utime(folder / "pay.md", ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert index(home, [folder], embedder=embedder).added == 1
+    assert "pay.md" in files_found(home, embedder, "gold")
+
+
+def test_a_file_read_while_it_is_written_is_read_again(home, folder, embedder):
+    pdf = FPDF()
+    pdf.set_font("Helvetica", size=11)
+    pdf.add_page()
+    pdf.multi_cell(0, 6, "The lamp is lit.")
+    data = bytes(pdf.output())
+    path = folder / "lamp.pdf"
+    path.write_bytes(data[: len(data) // 3])
+    os.utime(path, (1, 1))
+    assert [name for name, _ in index(home, [folder], embedder=embedder).skipped] == [str(path)]
+    path.write_bytes(data)
+    report = index(home, [folder], embedder=embedder)
+    assert (report.added, report.unchanged, report.skipped) == (1, 3, ())
+
+
+@pytest.mark.usefixtures("built")
+def test_an_embedder_that_fails_costs_no_file(home, folder, embedder, monkeypatch):
+    def broken(_text):
+        raise UnusableEmbedder(Path("models/x"), "its weights are damaged")
+
+    (folder / "pay.md").write_text("Salaries are paid in gold.", "utf-8")
+    monkeypatch.setattr(embedder, "spans", broken)
+    with pytest.raises(UnusableEmbedder, match=r"its weights are damaged; .*lq pull"):
+        index(home, [folder], embedder=embedder)
+    monkeypatch.undo()
+    assert "pay.md" in files_found(home, embedder, "salary")
+    assert index(home, [folder], embedder=embedder).changed == 1
+
+
+@pytest.mark.usefixtures("built")
+def test_an_embedder_whose_files_changed_is_told_from_another_one(home, folder, make_embedder):
+    changed = make_embedder("hash", "fedcba9876543210")
+    message = rf"embedder 'hash' are not those .*put them back, or .*lq index notes {folder} --embedder hash"
+    for use in (
+        lambda: index(home, [folder], embedder=changed),
+        lambda: Collection.open(home).search("salary", embedder=changed),
+    ):
+        with pytest.raises(OtherEmbedder, match=message):
+            use()
 
 
 @pytest.mark.usefixtures("built")

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from rag.broken import FullDisk
 from rag.collection import Collection
 from rag.discover import MissingPath
 from rag.ingest import NothingToIndex, index
-from rag.store import BrokenCollection, Database
+from rag.store import Database
 from rag.vectors import UnwrittenIndex
 
 
@@ -92,6 +93,33 @@ def test_a_scratch_database_that_is_none_is_replaced(home, folder, embedder):
     assert not Collection.open(home).verify()
 
 
+FULL = r"'notes': database or disk is full \(.*sqlite, [\d,]+ bytes free\); free space and run"
+
+
+@pytest.mark.parametrize("pages", [1, 5, 25])
+def test_a_disk_that_is_full_from_the_beginning_leaves_nothing_half_done(
+    home, folder, embedder, monkeypatch, pages
+):
+    real = sqlite3.connect
+
+    def small(*arguments, **options):
+        connection = real(*arguments, **options)
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", small)
+    with pytest.raises(FullDisk, match=FULL):
+        index(home, [folder], embedder=embedder)
+    monkeypatch.undo()
+    if pages < 25:
+        assert not home.exists()
+    else:
+        assert Collection.open(home).info().n_files < 3
+    report = index(home, [folder], embedder=embedder)
+    assert report.added + report.unchanged == 3
+    assert not Collection.open(home).verify()
+
+
 @pytest.mark.usefixtures("built")
 def test_a_full_disk_says_so_and_loses_nothing(home, folder, embedder):
     for number in range(30):
@@ -107,8 +135,11 @@ def test_a_full_disk_says_so_and_loses_nothing(home, folder, embedder):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Database, "__init__", small)
-        with pytest.raises(BrokenCollection, match="database or disk is full; free space and run"):
+        with pytest.raises(FullDisk, match=FULL):
             index(home, [folder], embedder=embedder)
+        assert all("vector index" in sentence for sentence in Collection.open(home).verify())
+        with pytest.raises(FullDisk, match=FULL):
+            index(home, [folder], embedder=embedder, rebuild=True)
     assert answers(home, embedder)[1] == before[1]
     index(home, [folder], embedder=embedder)
     assert Collection.open(home).info().n_files == 33
