@@ -16,7 +16,6 @@ from engine.request import InvalidRequest
 from engine.sandbox import Sandbox, bounded_text
 
 MAX_TEMPLATE_CHARACTERS = 256 * 1024
-_USER_TURN = "lq-user-turn-begins-here"
 
 
 def render_chat(
@@ -55,19 +54,6 @@ def render_chat(
         raise InvalidRequest(
             f"the chat template fails on these messages: {type(error).__name__}: {error}", field="messages"
         ) from error
-
-
-def open_user_turn(template: str, *, bos_token: str, eos_token: str, system: str | None = None) -> str:
-    """The template's text up to where the user's first message would begin."""
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": _USER_TURN})
-    text = render_chat(
-        template, messages, bos_token=bos_token, eos_token=eos_token, add_generation_prompt=False
-    )
-    opening, found, _ = text.partition(_USER_TURN)
-    if not found:
-        raise InvalidRequest("the chat template does not print the user's message", field="chat_template")
-    return opening
 
 
 @lru_cache(maxsize=32)

@@ -1,7 +1,8 @@
 """Which cached tokens serve these tokens. Pure: token tuples in, lengths out.
 
-Every slot remembers the tokens whose cells it holds, running or idle. A new sequence takes the longest common
-prefix from whichever slot has it; under unified KV memory sharing the cells costs nothing.
+Every slot remembers the tokens whose cells it holds, running or idle. A new sequence goes on in the slot that
+has the longest common prefix, or copies those cells into its own; whether that is worth it is the scheduler's
+to say.
 """
 
 from collections.abc import Mapping, Sequence

@@ -2,14 +2,15 @@
 
 Pure bookkeeping: no C calls, no text, no clock. The loop asks, the scheduler answers.
 
-A slot is one sequence id of the KV memory. It holds the tokens whose cells are computed, also after its
-request has ended, so that a later request can start from them. Memory can never run out: the KV memory has
-n_ctx cells a slot, and no sequence grows past n_ctx.
+A slot is one sequence id of the KV memory, a stream of n_ctx cells. It holds the tokens whose cells are
+computed, also after its request has ended, so that a later request can go on from them or copy them. Memory
+can never run out: no sequence grows past n_ctx.
 
 The policy: requests are admitted in order of arrival, each running sequence gets its one token in every
 call, and the rest of the call is filled with the oldest prompts. While others are decoding, the prompt
 tokens of a call are at most `n_shared_chunk`, so that a long prompt slows their streams but never stops them.
-Of prompts that begin alike, the oldest computes the common part; the others wait for it and share its cells.
+Of prompts that begin alike, the oldest computes the common part; the others wait for it and copy its cells,
+where that is worth it.
 """
 
 from collections import deque

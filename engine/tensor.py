@@ -1,7 +1,8 @@
 """ggml's tensor as the eval callback hands it over, read through ctypes.
 
-The layout is that of `struct ggml_tensor` in ggml.h at the pinned llama.cpp; `tests/engine/test_tensor.py`
-notices when it moves. Knows no graph, no model: one tensor, its sources, its values.
+The layout is that of `struct ggml_tensor` in ggml.h at the pinned llama.cpp;
+`tests/engine/test_native_model.py` notices when it moves. Knows no graph, no model: one tensor, its sources,
+its values.
 """
 
 import ctypes

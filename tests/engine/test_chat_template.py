@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from engine import sandbox
-from engine.chat import open_user_turn, render_chat
+from engine.chat import render_chat
 from engine.request import InvalidRequest
 
 CHATML = (
@@ -24,18 +24,6 @@ def render(template: str, messages=HI, **options) -> str:
 def test_chatml_ends_where_the_answer_begins():
     assert render(CHATML) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert render(CHATML, add_generation_prompt=False) == "<|im_start|>user\nhi<|im_end|>\n"
-
-
-def test_open_user_turn_stops_before_the_users_words():
-    assert open_user_turn(CHATML, **TOKENS) == "<|im_start|>user\n"
-    opened = open_user_turn(CHATML, **TOKENS, system="Be brief.")
-    assert opened == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
-
-
-def test_a_template_without_the_users_words_cannot_open_a_turn():
-    with pytest.raises(InvalidRequest, match="does not print") as caught:
-        open_user_turn("fixed", **TOKENS)
-    assert caught.value.field == "chat_template"
 
 
 def test_blocks_leave_no_whitespace_of_their_own():
