@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 port=8017
 key=prove-$RANDOM$RANDOM
-question="What is the capital of France?"
+question="What color is the sky on a clear day?"
 
 ask() { # asks until the server is up, at most two minutes
   for _ in $(seq 60); do
