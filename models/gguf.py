@@ -40,6 +40,7 @@ class TensorInfo:
 
     @property
     def n_elements(self) -> int:
+        """Numbers in the tensor."""
         return math.prod(self.shape)
 
 
@@ -62,6 +63,7 @@ class Header:
 
     @property
     def architecture(self) -> str | None:
+        """`general.architecture`, such as "llama"; None where the file names none."""
         value = self.metadata.get("general.architecture")
         return value if isinstance(value, str) else None
 
@@ -71,10 +73,12 @@ class Header:
 
     @property
     def n_parameters(self) -> int:
+        """Numbers in all tensors together."""
         return sum(tensor.n_elements for tensor in self.tensors)
 
     @property
     def tensor_bytes(self) -> int:
+        """Bytes of all tensors, padding left out."""
         return sum(tensor.size_bytes for tensor in self.tensors)
 
     @property
@@ -96,6 +100,7 @@ class Header:
 
     @property
     def chat_template(self) -> str | None:
+        """The default chat template; None for a model without one."""
         value = self.metadata.get("tokenizer.chat_template")
         return value if isinstance(value, str) else None
 

@@ -48,6 +48,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
+        """The inner dimension of the factors."""
         return self.a.shape[0]
 
 

@@ -46,6 +46,7 @@ class Manifest:
 
     @property
     def size_bytes(self) -> int:
+        """All files together."""
         return sum(file.size_bytes for file in self.files)
 
 
@@ -61,4 +62,5 @@ def read(folder: Path) -> Manifest:
 
 
 def encode(manifest: Manifest) -> bytes:
+    """The file's bytes: indented JSON."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"

@@ -56,6 +56,7 @@ class HubReference:
 
     @property
     def default_name(self) -> str:
+        """What the store calls it when no name is given."""
         if self.file:
             return Path(self.file).stem
         name = self.repo.rpartition("/")[2]
@@ -86,10 +87,12 @@ class PackageReference:
 
     @property
     def first(self) -> PackagePart:
+        """The only part, or the first of several."""
         return self.parts[0]
 
     @property
     def default_name(self) -> str:
+        """What the store calls it when no name is given."""
         member = self.first.member
         if self.file:
             return Path(self.file).stem
@@ -105,6 +108,7 @@ class LocalReference:
 
     @property
     def default_name(self) -> str:
+        """What the store calls it when no name is given."""
         return self.path.stem if self.path.is_file() else self.path.name
 
 

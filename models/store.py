@@ -38,10 +38,12 @@ class Entry:
 
     @property
     def name(self) -> str:
+        """The name it is stored under."""
         return self.manifest.name
 
     @property
     def kind(self) -> Kind:
+        """What it is, as found when it was stored."""
         return self.manifest.kind
 
     @property
@@ -64,6 +66,7 @@ class Store:
 
     @property
     def models(self) -> Path:
+        """The entries' folders."""
         return self.root / "models"
 
     @property

@@ -41,6 +41,7 @@ class Slot:
 
     @property
     def n_elements(self) -> int:
+        """Numbers in the tensor."""
         return math.prod(self.shape)
 
 

@@ -43,10 +43,12 @@ class StoredTensor:
 
     @property
     def n_elements(self) -> int:
+        """Numbers in the tensor."""
         return math.prod(self.shape)
 
     @property
     def size_bytes(self) -> int:
+        """Bytes in the file."""
         return self.n_elements * STORED[self.dtype].itemsize
 
     def read(self) -> np.ndarray:

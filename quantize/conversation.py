@@ -37,6 +37,7 @@ class Conversation:
     assistant: str = ""
 
     def count(self, role: Role) -> int:
+        """Tokens of one role."""
         return sum(span.n_tokens for span in self.spans if span.role == role)
 
     def positions(self, role: Role) -> Iterator[int]:
@@ -86,10 +87,12 @@ class Journal:
         return {c.number for c in self.accepted} | {r.number for r in self.rejected}
 
     def add(self, conversation: Conversation) -> None:
+        """Append an accepted conversation."""
         self._append(asdict(conversation))
         self.accepted.append(conversation)
 
     def reject(self, number: int, reason: str) -> None:
+        """Append why the conversation of a number was dropped."""
         self._append({"number": number, "reason": reason})
         self.rejected.append(Rejected(number, reason))
 

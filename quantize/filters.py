@@ -39,6 +39,7 @@ class Seen:
         self._holders: dict[tuple[int, ...], list[int]] = {}
 
     def add(self, tokens: Sequence[int]) -> None:
+        """Take a turn."""
         shingles = _shingles(tokens)
         for shingle in shingles:
             self._holders.setdefault(shingle, []).append(len(self._sizes))

@@ -47,6 +47,7 @@ class ImportanceMatrix:
     chunk_size: int
 
     def means(self) -> dict[str, np.ndarray]:
+        """Mean squares by tensor name, as llama.cpp's quantize call takes them."""
         return {name: entry.means() for name, entry in self.entries.items()}
 
     def write(self, path: Path) -> None:

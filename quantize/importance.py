@@ -75,6 +75,7 @@ class Collector:
             raise self.error
 
     def entries(self) -> dict[str, Entry]:
+        """What was collected so far, by weight."""
         return {name: Entry(sums, self.counts[name]) for name, sums in self.sums.items()}
 
     def _add_dense(self, name: str, n_matrices: int, inputs: np.ndarray) -> None:

@@ -47,6 +47,7 @@ class Output:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of the elements, without padding."""
         return int(np.prod(self.shape, dtype=np.int64)) * ITEM_BYTES[self.dtype]
 
 

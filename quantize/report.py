@@ -81,6 +81,7 @@ class Report:
 
 
 def to_json(report: Report) -> str:
+    """The record as indented JSON; figures that were not measured are null."""
     return json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False) + "\n"
 
 

@@ -64,6 +64,7 @@ class Work:
 
     @property
     def source_file(self) -> Path:
+        """Where the full-precision GGUF lies, ours or the user's own."""
         if self.settings.source.kind == "gguf":
             return self.settings.source.path
         return self.folder / "source.gguf"
@@ -105,6 +106,7 @@ class Work:
 
     @property
     def generator_file(self) -> Path:
+        """Where the Q8_0 that writes the texts lies, while they are written."""
         return self.folder / "generator.gguf"
 
     def _make_generator(self) -> Facts:
@@ -143,6 +145,7 @@ class Work:
         return self._file_step("text", settings.eval_text, 2 * settings.eval_tokens)
 
     def text_file(self, name: str) -> Path:
+        """Where a text step writes."""
         return self.folder / f"{name}.jsonl"
 
     def _conversation_step(self, plan: Plan, avoid: Step | None) -> Step:
@@ -188,6 +191,7 @@ class Work:
 
     @property
     def matrix_file(self) -> Path:
+        """Where the importance matrix lies; it is one of the results."""
         return self.settings.out / "imatrix.gguf"
 
     def _collect(self) -> Facts:

@@ -10,13 +10,14 @@ import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from models.store import Store
     from quantize.report import FileReport, Report
     from quantize.settings import Progress, Settings
 
@@ -92,13 +93,11 @@ def quantize(
 
     A run that is interrupted goes on where it stopped when the same command is given again.
     """
-    from models.source import disk_errors
     from models.store import Store
-    from quantize import pipeline
     from quantize.measure import Backend
     from quantize.report import to_json
     from quantize.settings import Settings
-    from quantize.source import find, named, unseen
+    from quantize.source import named, unseen
     from quantize.types import parse_types
 
     store = Store.default()
@@ -118,9 +117,19 @@ def quantize(
         backend=Backend(threads),
         command=shlex.join(["lq", *sys.argv[1:]]),
     )
+    settings, report = _run(settings, store, name, to_store=to_store)
+    print(to_json(report), end="") if as_json else _show(report, settings.out)
+
+
+def _run(settings: Settings, store: Store, name: str | None, *, to_store: bool) -> tuple[Settings, Report]:
+    """Find the source, quantize, store; what cannot work is refused before the step that it would waste."""
+    from models.source import disk_errors
+    from quantize import pipeline
+    from quantize.source import find, named
+
     settings.check_options()
     with _progress() as progress:
-        found = named(find(source, store=store, progress=progress), name)
+        found = named(find(settings.source.given, store=store, progress=progress), name)
         settings = replace(settings, source=found)
         if to_store:
             for kind in settings.types:
@@ -129,14 +138,16 @@ def quantize(
         if to_store:
             with disk_errors(store.root):
                 _store(store, report, settings, progress)
-    print(to_json(report), end="") if as_json else _show(report, settings.out)
+    return settings, report
 
 
-def _calibration(text: str):
-    return text if text in ("self", "none") else Path(text).expanduser()
+def _calibration(text: str) -> Literal["self", "none"] | Path:
+    if text in ("self", "none"):
+        return cast('Literal["self", "none"]', text)
+    return Path(text).expanduser()
 
 
-def _store(store, report: Report, settings: Settings, progress: Progress) -> None:
+def _store(store: Store, report: Report, settings: Settings, progress: Progress) -> None:
     for file in report.files:
         path, name = settings.out / file.file, settings.source.store_name(file.type)
         store.add(path, name=name, licence=report.source.licence, replace=True, progress=progress)
