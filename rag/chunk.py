@@ -61,7 +61,7 @@ def chunk(
 
 def _check(chunk_tokens: int, overlap: int, window_tokens: int) -> None:
     if chunk_tokens < 2:
-        raise InvalidChunking(f"chunk size {chunk_tokens} is too small: use 300 to 1000 tokens")
+        raise InvalidChunking(f"chunk size {chunk_tokens} is too small: give 2 tokens at least")
     if not 0 <= 2 * overlap < chunk_tokens:
         most = (chunk_tokens - 1) // 2
         raise InvalidChunking(

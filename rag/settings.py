@@ -49,6 +49,17 @@ class OtherEmbedder(RagError):
         )
 
 
+class LostEmbedder(RagError):
+    def __init__(
+        self, name: str, roots: Sequence[str], built_with: str, *, instead: str, why: object
+    ) -> None:
+        repair = rebuild_command(name, roots, embedder=instead)
+        super().__init__(
+            f"collection {name!r} was built with the embedder {built_with!r}, which cannot be had: {why}; "
+            f"put it back, or build the collection again with another one: {repair}"
+        )
+
+
 class OtherChunks(RagError):
     def __init__(
         self, name: str, roots: Sequence[str], built: Settings, *, tokens: int, overlap: int

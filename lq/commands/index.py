@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from models.store import Store
+    from rag.collection import CollectionInfo
     from rag.embed import Embedder
     from rag.ingest import IndexReport, Progress
     from rag.passage import Passage
@@ -74,7 +75,8 @@ def index(
         check_chunks(chunk_tokens, overlap or 0)
     store = Store.default()
     directory = _directory(store, collection)
-    loaded = load_embedder(store, embedder or _embedder_of(directory) or DEFAULT_EMBEDDER)
+    before = None if embedder else _info(directory)
+    loaded = _embedder_of(store, before) if before else load_embedder(store, embedder or DEFAULT_EMBEDDER)
     with _progress() as progress:
         report = ingest.index(
             directory,
@@ -104,7 +106,7 @@ def search(
     store = Store.default()
     opened = Collection.open(_directory(store, collection))
     try:
-        passages = opened.search(question, k=k, embedder=load_embedder(store, opened.info().embedder))
+        passages = opened.search(question, k=k, embedder=_embedder_of(store, opened.info()))
     finally:
         opened.close()
     if as_json:
@@ -137,8 +139,21 @@ def _directory(store: Store, name: str) -> Path:
     return directory_of(store.root / "collections", name)
 
 
-def _embedder_of(directory: Path) -> str | None:
-    """The name that an existing collection was built with."""
+def _embedder_of(store: Store, info: CollectionInfo) -> Embedder:
+    """The embedder that a collection was built with; LostEmbedder says how to do without it."""
+    from models.errors import ModelsError
+    from rag.settings import LostEmbedder
+
+    try:
+        return load_embedder(store, info.embedder)
+    except ModelsError as error:
+        raise LostEmbedder(
+            info.name, info.roots, info.embedder, instead=DEFAULT_EMBEDDER, why=error
+        ) from error
+
+
+def _info(directory: Path) -> CollectionInfo | None:
+    """Of an existing collection."""
     from rag.collection import Collection, UnknownCollection
 
     try:
@@ -146,7 +161,7 @@ def _embedder_of(directory: Path) -> str | None:
     except UnknownCollection:
         return None
     try:
-        return opened.info().embedder
+        return opened.info()
     finally:
         opened.close()
 

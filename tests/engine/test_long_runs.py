@@ -94,6 +94,27 @@ def test_ten_megabytes_of_one_character_are_tokenized(make_vocabulary, unit):
         assert tokens == tokens[: len(letters)] * count
 
 
+def test_every_text_goes_the_way_that_cuts_runs():
+    """`llama_tokenize` is called in `Model._tokenize` alone, and that by `Model.tokenize` alone."""
+    sources = {
+        path: path.read_text("utf-8")
+        for folder in ("engine", "models", "quantize", "rag", "server", "lq")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    engine = ROOT / "engine" / "llama.py"
+    assert [path for path, text in sources.items() if "llama_tokenize" in text] == [engine]
+    before, after = sources[engine].split("    def _tokenize(")
+    assert "llama_tokenize" not in before
+    body, _, rest = after.partition("    def ")
+    assert "llama_tokenize(" in body
+    assert "_tokenize(" not in rest
+    callers = {path for path, text in sources.items() if "._tokenize(" in text}
+    assert callers == {engine}
+    assert before.rpartition("    def tokenize(")[2].count("self._tokenize(") == before.count(
+        "self._tokenize("
+    )
+
+
 def test_ordinary_text_is_one_part():
     words = "word " * 5000 + "\n" * 100 + "가나다, " * 3000
     assert without_long_runs(words) == [words]

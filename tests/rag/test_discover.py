@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from rag.discover import MissingPath, walk
+from rag.discover import LARGEST_BYTES, MissingPath, walk
 
 
 def names(*paths: Path) -> list[str]:
     return [one.name for one in walk(paths).files]
 
 
-def reasons(*paths: Path, **options: int) -> dict[str, str]:
-    return {Path(one.path).name: one.reason for one in walk(paths, **options).skipped}
+def reasons(*paths: Path, largest_bytes: int = LARGEST_BYTES) -> dict[str, str]:
+    return {Path(one.path).name: one.reason for one in walk(paths, largest_bytes=largest_bytes).skipped}
 
 
 def write(root: Path, *files: str) -> None:

@@ -1,6 +1,8 @@
 """`lq index` and `lq search` on the command line."""
 
 import json
+import re
+import shutil
 
 import pytest
 from fpdf import FPDF
@@ -9,6 +11,7 @@ from typer.testing import CliRunner
 from lq.main import build
 from models.errors import ModelsError
 from rag.errors import RagError
+from rag.settings import CHUNK_RANGE, LostEmbedder
 
 
 @pytest.fixture
@@ -51,6 +54,31 @@ def test_pages_without_text_are_told(lq, folder):
     assert f"note {folder / 'half.pdf'}: {note}\n" in lq("index", "notes", folder).stdout
     report = json.loads(lq("index", "notes", folder, "--json").stdout)
     assert report["notes"] == [{"path": str(folder / "half.pdf"), "note": note}]
+
+
+def test_a_collection_whose_embedder_is_gone_says_how_to_go_on(lq, folder, tmp_path, minilm_dir):
+    own = tmp_path / "own"
+    shutil.copytree(minilm_dir, own)
+    assert lq("index", "notes", folder, "--embedder", own).exit_code == 0
+    shutil.rmtree(own)
+    for command in (("search", "notes", "salary"), ("index", "notes", folder)):
+        error = lq(*command).exception
+        assert isinstance(error, LostEmbedder)
+        assert f"'{own}', which cannot be had: {own}" in str(error)
+        repair = str(error).rpartition("with another one: ")[2]
+        assert repair == f"lq index notes {folder} --embedder all-minilm-l6-v2 --rebuild"
+    assert lq(*repair.split()[1:]).exit_code == 0
+    assert lq("search", "notes", "salary").exit_code == 0
+
+
+def test_help_and_refusal_name_the_same_chunk_lengths(lq):
+    low, high = CHUNK_RANGE
+    assert f"tokens of a chunk, {low} to {high}" in " ".join(
+        re.sub("[│|]", " ", lq("index", "--help").stdout).split()
+    )
+    for wrong in (low - 1, high + 1):
+        result = lq("index", "notes", ".", "--chunk-tokens", wrong)
+        assert f"--chunk-tokens {wrong} is out of range: give {low} to {high} tokens" in str(result.exception)
 
 
 @pytest.mark.parametrize(
