@@ -496,7 +496,9 @@ def default_threads() -> int:
     return max(1, cores)
 
 
-def evaluate(context: Context, tokens: Sequence[int], *, outputs: Sequence[int] | None = None) -> np.ndarray:
+def evaluate(
+    context: Context, tokens: Sequence[int], *, outputs: Sequence[int] | np.ndarray | None = None
+) -> np.ndarray:
     """Float32 logits of one sequence, read from an empty KV memory in calls of n_batch.
 
     (len(outputs), n_vocab): those after each position in `outputs`, which ascends; None: after every token.
