@@ -16,10 +16,11 @@ from typing import Any, Self
 
 import numpy as np
 
-# How long llama.cpp's threads spin before they sleep; OpenMP reads it once, when it is loaded below. Measured
-# with 2 threads on 2 cores, tokens/s: on a quiet machine 137 (OpenMP's own default 119, no spinning 60),
-# beside other busy processes 29 (default 8).
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# How long llama.cpp's threads spin before they sleep; OpenMP reads it once, when it is loaded below. Longer is
+# faster on a quiet machine, where a thread waits for the other's last attention head, and ruins a busy one
+# (docs/log.md): 2 threads on 2 cores, 256 tokens of context, tokens/s alone and beside 2 busy processes:
+# 1,000 spins 82 and 37, 3,000 94 and 33, 10,000 106 and below 8, as OpenMP's own default.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 from llama_cpp import _ggml as ggml_library
 from llama_cpp import llama_cpp as native
