@@ -16,8 +16,8 @@ from typing import Any, Self
 
 import numpy as np
 
-# How long llama.cpp's threads spin before they sleep; OpenMP reads it once, when it is loaded below. Longer is
-# faster on a quiet machine, where a thread waits for the other's last attention head, and ruins a busy one
+# How long llama.cpp's threads spin before they sleep; OpenMP reads it once, when it is loaded below. Longer
+# is faster on a quiet machine, where a thread waits for the other's last attention head, and ruins a busy one
 # (docs/log.md): 2 threads on 2 cores, 256 tokens of context, tokens/s alone and beside 2 busy processes:
 # 1,000 spins 82 and 37, 3,000 94 and 33, 10,000 106 and below 8, as OpenMP's own default.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
