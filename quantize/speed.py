@@ -14,7 +14,7 @@ from quantize.measure import Backend
 
 PREFILL_TOKENS = 256
 DECODE_TOKENS = 32
-RUNS = 3
+RUNS = 5
 
 
 @dataclass(frozen=True, slots=True)
