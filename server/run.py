@@ -46,8 +46,9 @@ def serve(settings: Settings, *, store: Store | None = None, ready: Ready | None
 
 def announce(url: str, service: Service) -> None:
     """The line that tells where to ask and how to stop, after what the operator should know."""
-    names = ", ".join(model.id for model in service.roster.models())
-    for model in service.roster.models():
+    models = service.roster.models()
+    names = ", ".join(model.id for model in models)
+    for model in models:
         if model.n_ctx and model.n_ctx_train and model.n_ctx > model.n_ctx_train:
             warning = (
                 f"warning: {model.id} was trained on {model.n_ctx_train} tokens; with n_ctx {model.n_ctx} "
