@@ -2,9 +2,11 @@
 
 Same commit of llama.cpp, same GGUF, same threads, the same OpenAI client code. Both servers run for the whole
 time and the requests alternate, so that a drift of the machine meets both. The rate is tokens after the first
-divided by the time after the first, as a client sees it; the median of the rounds is compared.
+divided by the time after the first, as a client sees it. Each round gives a ratio of two runs that followed
+one another, so that a machine that is faster in one minute than in the next does not sway it; their median
+and quartiles are printed. Short rounds and many of them serve a machine that others use too.
 
-usage: python -m benchmarks.single_stream [MODEL.gguf] [--rounds 7] [--tokens 192] [--threads N] [--json FILE]
+usage: python -m benchmarks.single_stream [MODEL.gguf] [--rounds 41] [--tokens 96] [--threads N] [--json FILE]
 """
 
 import argparse
@@ -76,8 +78,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, nargs="?", help="GGUF (default: the embedded default model)")
-    parser.add_argument("--rounds", type=int, default=7, help="measured runs of each server (default 7)")
-    parser.add_argument("--tokens", type=int, default=192, help="tokens a run (default 192)")
+    parser.add_argument("--rounds", type=int, default=41, help="measured runs of each server (default 41)")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens a run (default 96)")
     cores = psutil.cpu_count(logical=False)
     parser.add_argument("--threads", type=int, default=cores, help="default: physical cores")
     parser.add_argument("--json", type=Path, help="also write every measurement here")
@@ -94,7 +96,9 @@ def main() -> None:
         rates = [run["tokens_per_s"] for run in runs]
         spread = f"{min(rates):.1f}-{max(rates):.1f}"
         print(f"{name:13} {medians[name]:7.1f} tokens/s ({spread})  first token {ttft_ms:.0f} ms")
-    print(f"ratio         {medians['lq'] / medians['llama-server']:7.3f}")
+    pairs = zip(results["lq"], results["llama-server"], strict=True)
+    low, middle, high = statistics.quantiles([a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs], n=4)
+    print(f"ratio         {middle:7.3f} (quartiles of the pairs {low:.3f}-{high:.3f})")
     if args.json:
         record = {"model": args.model.name, "threads": args.threads, "runs": results}
         args.json.write_text(json.dumps(record, indent=2))

@@ -79,6 +79,11 @@ class Loop:
     def idle(self) -> bool:
         return self.scheduler.idle
 
+    @property
+    def only_writes(self) -> bool:
+        """Whether the next step has no prompt to compute: one token for each that runs."""
+        return self.scheduler.only_writes
+
     def submit(self, id: Hashable, request: GenerationRequest) -> None:
         """Queue a request. Raises InvalidRequest, ContextOverflow or QueueFull; nothing is queued then."""
         request.validate()

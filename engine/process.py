@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine import wire
+from engine.memory import environment
 from engine.request import EngineConfig, EngineInfo, ModelLoadFailed
 
 STOP_S = 5.0  # the process gets this long to end by itself
@@ -139,6 +140,6 @@ async def _spawn(theirs: socket.socket) -> asyncio.subprocess.Process:
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"},
+        env=os.environ | environment(os.environ) | {"PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"},
         start_new_session=True,  # Ctrl-C in the terminal is for the server, which then closes us
     )  # fmt: skip

@@ -192,11 +192,18 @@ class TokenLogprob(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """What one step added. `text` may lag behind `tokens`: it waits for whole characters and stop strings."""
+    """What one step or several added.
+
+    `text` may lag behind `tokens`: it waits for whole characters and stop strings.
+    """
 
     text: str
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
+
+    def joined(self, later: "Delta") -> "Delta":
+        """This and the next one as one."""
+        return Delta(self.text + later.text, self.tokens + later.tokens, self.logprobs + later.logprobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +232,7 @@ class EngineConfig:
     n_parallel: int = 4  # sequences decoded together
     n_threads: int | None = None  # None: physical cores that this process may use
     n_gpu_layers: int | None = None  # None: all, if the build has a GPU backend
+    use_mmap: bool | None = None  # weights stay in the file's pages; None: when memory is short (memory.py)
     n_batch: int = 512  # tokens of one prefill chunk
     kv_type_k: KVType | None = None  # None: bf16 on the CPU (see worker.py), f16 on a GPU
     kv_type_v: KVType = "f16"
@@ -239,6 +247,8 @@ class EngineConfig:
             _whole("n_threads", self.n_threads, 1, 512)
         if self.n_gpu_layers is not None:
             _whole("n_gpu_layers", self.n_gpu_layers, 0, 10_000)
+        if self.use_mmap not in (None, True, False):
+            raise InvalidRequest(f"use_mmap is {self.use_mmap!r}; give true or false", field="use_mmap")
         _whole("n_batch", self.n_batch, 1, 2**16)
         _whole("max_queue", self.max_queue, 0, 2**20)
         for name, kind in (("kv_type_k", self.kv_type_k), ("kv_type_v", self.kv_type_v)):

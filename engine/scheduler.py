@@ -117,6 +117,14 @@ class Scheduler:
         """Whether there is nothing to do."""
         return not self.waiting and not self.running
 
+    @property
+    def only_writes(self) -> bool:
+        """Whether every sequence that can be in the next call is past its prompt."""
+        slots = self.slots
+        if self.waiting and any(slot.sequence is None for slot in slots):
+            return False
+        return all(slot.sequence is None or slot.sequence.written for slot in slots)
+
     def n_waiting_with(self, more: int) -> int:
         """Requests that would wait for a slot at the next call if `more` came."""
         free = sum(slot.sequence is None for slot in self.slots)

@@ -101,7 +101,7 @@ class Answer:
 
 
 class Outputs(NamedTuple):
-    """Everything that one step gave; with a snapshot when a request ended."""
+    """What one step gave, or several; with a snapshot when a request ended."""
 
     items: Sequence[tuple[int, Event | Failure]]
     stats: EngineStats | None = None

@@ -80,6 +80,7 @@ def _plan(
         n_parallel=model.n_parallel,
         n_threads=model.threads,
         n_gpu_layers=model.gpu_layers,
+        use_mmap=model.mmap,
         lora=tuple(_adapter(entry, path, store) for entry in lora),
         max_queue=model.max_queue,
     )

@@ -57,6 +57,7 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     n_parallel: Annotated[int, Meta(ge=1, le=256)] = 4  # requests decoded together
     threads: Annotated[int, Meta(ge=1, le=512)] | None = None  # None: physical cores
     gpu_layers: Count | None = None  # None: all, if there is a GPU
+    mmap: bool | None = None  # weights stay in the file's pages; None: when memory is short
     max_queue: Annotated[int, Meta(ge=0, le=2**20)] = 256  # requests that may wait
     lora: tuple[str | Adapter, ...] = ()
 
