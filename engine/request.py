@@ -127,6 +127,24 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Tenant:
+    """On whose behalf a request runs. Requests of one name share one account of served tokens."""
+
+    name: str = ""
+    weight: float = 1.0  # of two that want more than there is, weight 3 gets three times as much as 1
+    priority: int = 0  # whoever has more goes first, whatever the weights
+    max_running: int | None = None  # sequences decoded at once; None: no limit but the engine's
+
+    def validate(self) -> None:
+        """Raise InvalidRequest for the first field out of range."""
+        check_text("tenant name", self.name)
+        _within("tenant weight", self.weight, 0.01, 1000)
+        _whole("tenant priority", self.priority, -1000, 1000)
+        if self.max_running is not None:
+            _whole("tenant max_running", self.max_running, 1, MAX_SEQUENCES)
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One continuation to write. A text prompt is tokenised by the engine; tokens are taken as they are."""
 
@@ -138,10 +156,14 @@ class GenerationRequest:
     ignore_eos: bool = False  # the model cannot end the text; only max_tokens and stop do
     add_special: bool = True  # BOS (and EOS) as the model asks for; text prompts only
     parse_special: bool = False  # special tokens in the text become those tokens; text prompts only
+    tenant: Tenant = Tenant()
+    cache_salt: str = ""  # cached prefixes are shared among requests of one salt only
 
     def validate(self) -> None:
         """Raise InvalidRequest for the first field out of range."""
         self.sampling.validate()
+        self.tenant.validate()
+        check_text("cache_salt", self.cache_salt)
         self._validate_prompt()
         if self.max_tokens is not None:
             _whole("max_tokens", self.max_tokens, 1, 2**31 - 1)
