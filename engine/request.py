@@ -158,12 +158,15 @@ class GenerationRequest:
     parse_special: bool = False  # special tokens in the text become those tokens; text prompts only
     tenant: Tenant = Tenant()
     cache_salt: str = ""  # cached prefixes are shared among requests of one salt only
+    adapters: tuple[tuple[str, float], ...] = ()  # (name in EngineConfig.adapters, scale)
 
     def validate(self) -> None:
         """Raise InvalidRequest for the first field out of range."""
         self.sampling.validate()
         self.tenant.validate()
         check_text("cache_salt", self.cache_salt)
+        for name, scale in self.adapters:
+            _within(f"scale of adapter {name!r}", scale, -100, 100)
         self._validate_prompt()
         if self.max_tokens is not None:
             _whole("max_tokens", self.max_tokens, 1, 2**31 - 1)
@@ -252,6 +255,7 @@ class EngineConfig:
     model_path: Path
     n_ctx: int = 4096  # tokens one request may use, answer included
     n_parallel: int = 4  # sequences decoded together
+    kv_cells: int | None = None  # tokens of all sequences together; None: n_ctx * n_parallel
     n_threads: int | None = None  # None: physical cores that this process may use
     n_gpu_layers: int | None = None  # None: all, if the build has a GPU backend
     use_mmap: bool | None = None  # weights stay in the file's pages; None: when memory is short (memory.py)
@@ -259,12 +263,22 @@ class EngineConfig:
     kv_type_k: KVType | None = None  # None: bf16 on the CPU (see worker.py), f16 on a GPU
     kv_type_v: KVType = "f16"
     lora: tuple[tuple[Path, float], ...] = ()  # (GGUF adapter, scale), applied to every request
+    adapters: tuple[tuple[str, Path], ...] = ()  # (name, GGUF adapter): loaded beside, used by who names them
     max_queue: int = 256  # requests that may wait beyond n_parallel
+    max_stall_ms: int = 250  # running streams wait this long at most for a step that computes prompts
+    cache_ram_mb: int = 512  # MiB of prefixes kept in host memory, beside the KV cache; 0: none
+    cache_disk_mb: int = 0  # MiB of prefixes kept in cache_folder over restarts; 0: none
+    cache_folder: Path | None = None
+    speculation: Literal["auto", "off"] = "auto"  # drafts of the next tokens, where measured to pay
+    draft_model: Path | None = (
+        None  # a small GGUF of the same vocabulary that drafts; None: prompt lookup only
+    )
 
     def validate(self) -> None:
         """Raise InvalidRequest for the first field out of range."""
         _whole("n_ctx", self.n_ctx, 16, 2**24)
         _whole("n_parallel", self.n_parallel, 1, MAX_SEQUENCES)
+        self._validate_cache()
         if self.n_threads is not None:
             _whole("n_threads", self.n_threads, 1, 512)
         if self.n_gpu_layers is not None:
@@ -279,6 +293,25 @@ class EngineConfig:
                 raise InvalidRequest(f"{name} is {kind!r}; give one of {known}", field=name)
         for path, scale in self.lora:
             _within(f"lora scale of {path}", scale, -100, 100)
+        if self.speculation not in ("auto", "off"):
+            raise InvalidRequest(
+                f"speculation is {self.speculation!r}; give auto or off", field="speculation"
+            )
+
+    def _validate_cache(self) -> None:
+        if self.kv_cells is not None:
+            _whole("kv_cells", self.kv_cells, 16, 2**31 - 1)
+            if self.kv_cells < self.n_ctx:
+                raise InvalidRequest(
+                    f"kv_cells is {self.kv_cells}, less than one request may use: give n_ctx ({self.n_ctx}) "
+                    "or more, or lower n_ctx",
+                    field="kv_cells",
+                )
+        _whole("max_stall_ms", self.max_stall_ms, 10, 60_000)
+        _whole("cache_ram_mb", self.cache_ram_mb, 0, 2**24)
+        _whole("cache_disk_mb", self.cache_disk_mb, 0, 2**24)
+        if self.cache_disk_mb and self.cache_folder is None:
+            raise InvalidRequest("cache_disk_mb needs a cache_folder to keep them in", field="cache_folder")
 
 
 @dataclass(frozen=True, slots=True)
