@@ -5,6 +5,8 @@ import hmac
 import ipaddress
 import os
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from server.errors import HostNotAllowed, Unauthorized
@@ -16,47 +18,78 @@ HOST_NAME = re.compile(r"\[[0-9a-f:.]+\]|[a-z0-9_](?:[a-z0-9._-]*[a-z0-9_.])?")
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
 
-class Keys:
-    """The accepted API keys; none means that everybody may ask."""
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A key that opens the server, and the name under which its requests are counted and limited."""
 
-    def __init__(self, keys: tuple[str, ...]) -> None:
-        # Digests have one length, so that comparing tells nothing about the keys.
-        self._digests = tuple(_digest(key) for key in keys)
+    name: str
+    digest: bytes
+
+
+class Keys:
+    """The accepted API keys; none means that everybody may ask, under the name ""."""
+
+    def __init__(self, accepted: Iterable[Accepted] = ()) -> None:
+        self._accepted = tuple(accepted)
 
     @property
     def required(self) -> bool:
-        return bool(self._digests)
+        return bool(self._accepted)
 
-    def check(self, authorization: str | None) -> None:
-        """Raise Unauthorized unless the Authorization header carries one of the keys."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Everything that `check` returns."""
+        return tuple(each.name for each in self._accepted) or ("",)
+
+    def check(self, authorization: str | None) -> str:
+        """The name of the key in the Authorization header; Unauthorized when it is none of ours."""
         if not self.required:
-            return
+            return ""
         scheme, _, key = (authorization or "").partition(" ")
         given = _digest(key.strip()) if scheme.lower() == "bearer" else _digest("")
-        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        if not any(matches):
+        # Digests have one length, and all are compared: the time taken tells nothing about the keys.
+        matches = [each.name for each in self._accepted if hmac.compare_digest(given, each.digest)]
+        if not matches:
             raise Unauthorized(given=bool(key))
+        return matches[0]
 
 
 def read_keys(settings: Settings) -> Keys:
-    """Keys from the file (one a line, `#` comments) and the environment; refuses an open door without one."""
-    keys = tuple(_from_file(settings.server.api_key_file)) + tuple(_from_environment())
-    for key in keys:
-        if len(key) < MIN_KEY_CHARACTERS:
-            raise SettingsError(f"an API key has {len(key)} characters; use {MIN_KEY_CHARACTERS} or more")
-        if not (key.isascii() and key.isprintable()):
-            raise SettingsError(
-                "an API key has a character that no HTTP header carries: use ASCII letters, digits and signs"
-            )
-    if not keys and not settings.is_loopback:
+    """Keys of [keys.NAME], of the file (one a line, `#` comments) and of the environment.
+
+    A key of the last two is named by where it stands; when it is one of [keys.NAME], it is that one.
+    Refuses an open door without a key.
+    """
+    accepted = [Accepted(name, bytes.fromhex(key.key_sha256)) for name, key in settings.keys.items()]
+    for name, text in [*_from_file(settings.server.api_key_file), *_from_environment()]:
+        key = accept(name, text)
+        if key.digest in {each.digest for each in accepted}:
+            continue
+        if name in settings.keys:
+            problem = "is the name that another key has, by where it stands: choose another for the table"
+            raise SettingsError(f"keys.{name}: {problem}")
+        accepted.append(key)
+    if not accepted and not settings.is_loopback:
         raise SettingsError(
             f"{settings.server.host} can be reached from other machines, so an API key is needed: "
-            f"set {ENVIRONMENT} or --api-key-file, or serve on 127.0.0.1"
+            f"set {ENVIRONMENT} or --api-key-file, name keys in lq.toml, or serve on 127.0.0.1"
         )
-    return Keys(keys)
+    return Keys(accepted)
 
 
-def _from_file(path: str | None) -> list[str]:
+def accept(name: str, key: str) -> Accepted:
+    """The key under this name; SettingsError, which does not show it, for one that cannot be used."""
+    if len(key) < MIN_KEY_CHARACTERS:
+        raise SettingsError(f"an API key has {len(key)} characters; use {MIN_KEY_CHARACTERS} or more")
+    if not (key.isascii() and key.isprintable()):
+        raise SettingsError(
+            "an API key has a character that no HTTP header carries: use ASCII letters, digits and signs"
+        )
+    return Accepted(name, _digest(key))
+
+
+def _from_file(path: str | None) -> list[tuple[str, str]]:
+    """(name, key) by line."""
     if path is None:
         return []
     try:
@@ -64,15 +97,19 @@ def _from_file(path: str | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise SettingsError(f"API key file {path}: {reason}") from None
-    keys = [line for line in lines if line and not line.startswith("#")]
+    keys = [
+        (f"api_key_file:{number}", line)
+        for number, line in enumerate(lines, start=1)
+        if line and not line.startswith("#")
+    ]
     if not keys:
         raise SettingsError(f"API key file {path}: holds no key; write one a line")
     return keys
 
 
-def _from_environment() -> list[str]:
+def _from_environment() -> list[tuple[str, str]]:
     key = os.environ.get(ENVIRONMENT, "").strip()
-    return [key] if key else []
+    return [(ENVIRONMENT, key)] if key else []
 
 
 def _digest(key: str) -> bytes:

@@ -4,6 +4,7 @@ Light: knows the exceptions of the floors below and nothing of Litestar.
 """
 
 import logging
+import math
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ LOG = logging.getLogger("lq.server")
 #: Seconds after which a client may come back when the engine is being started again, and when that failed.
 RESTART_RETRY_S = 2
 UNAVAILABLE_RETRY_S = 10
+#: The same after a first token that came too late: some of what was in front of the request is done by then.
+FIRST_TOKEN_RETRY_S = 5
 #: Status that proxies log for a client that went away; nobody reads the response.
 CLIENT_CLOSED = 499
 
@@ -90,6 +93,53 @@ class PromptTooLong(ContextOverflow):
     def __init__(self, overflow: ContextOverflow, param: str) -> None:
         super().__init__(overflow.n_prompt_tokens, overflow.n_ctx)
         self.param = param
+
+
+class Refused(ServerError):
+    """A limit that the operator set for a key; None: to come back later is of no use."""
+
+    def __init__(self, message: str, retry_after_s: float | None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class TooManyRequests(Refused):
+    def __init__(self, key: str, limit: int, retry_after_s: float) -> None:
+        problem = f"{_owner(key)} may have {limit} requests open at once, and has"
+        super().__init__(f"{problem}: send the next when one has ended", retry_after_s)
+
+
+class TokensUsedUp(Refused):
+    def __init__(self, key: str, limit: int, wanted: int, wait_s: float) -> None:
+        wait = math.ceil(wait_s)
+        problem = f"{_owner(key)} may use {limit} tokens a minute, prompts and answers together"
+        super().__init__(f"{problem}: {wanted} for this request are there in {wait} s", wait)
+
+
+class RequestOverRate(Refused):
+    def __init__(self, key: str, limit: int, n_prompt: int) -> None:
+        problem = (
+            f"the prompt has {n_prompt} tokens, and {_owner(key)} may use {limit} a minute, with the answer"
+        )
+        super().__init__(
+            f"{problem}: shorten the prompt, or have `tokens_per_minute` raised in lq.toml", None
+        )
+
+
+class FirstTokenLate(Refused):
+    def __init__(self, limit_s: float) -> None:
+        problem = f"no token within {limit_s:g} s (`ttft_s`): the server has too much to do"
+        super().__init__(f"{problem}; the request was cancelled, try again later", FIRST_TOKEN_RETRY_S)
+
+
+class RequestTooLong(Refused):
+    def __init__(self, limit_s: float) -> None:
+        problem = f"the request took longer than {limit_s:g} s (`total_s`) and was cancelled"
+        super().__init__(f"{problem}: ask for less, such as with a smaller `max_tokens`", None)
+
+
+def _owner(key: str) -> str:
+    return f"the key {key!r}" if key else "everybody together"
 
 
 class EmbedderBusy(ServerError):
@@ -165,10 +215,15 @@ TABLE: dict[type[BaseException], Row] = {
     NotJSON: Row(415, "unsupported_media_type"),
     QueueFull: Row(429, "queue_full", retry_after_s=1),
     EmbedderBusy: Row(429, "queue_full", retry_after_s=1),
+    TooManyRequests: Row(429, "too_many_requests"),
+    TokensUsedUp: Row(429, "rate_limit_exceeded"),
+    RequestOverRate: Row(429, "request_over_rate_limit"),
     ClientGone: Row(CLIENT_CLOSED, "client_closed_request"),
     EngineRestarted: Row(503, "engine_restarted", retry_after_s=RESTART_RETRY_S),
     EngineUnavailable: Row(503, "engine_unavailable", retry_after_s=UNAVAILABLE_RETRY_S),
     CollectionUnavailable: Row(503, "collection_unavailable", "collection"),
+    FirstTokenLate: Row(503, "first_token_timeout"),
+    RequestTooLong: Row(504, "request_timeout"),
     EngineError: Row(500, "server_error"),
     ModelsError: Row(500, "server_error"),
     RagError: Row(500, "server_error"),
@@ -191,7 +246,7 @@ def describe(error: BaseException) -> Failure:
         param = ENGINE_FIELDS.get(error.field, error.field)
     elif isinstance(error, BadRequest):
         code, param = error.code, error.param
-    elif isinstance(error, QueueFull):
+    elif isinstance(error, QueueFull | Refused):
         retry_after_s = error.retry_after_s
     message = error.told() if isinstance(error, PromptError) else str(error)
     return Failure(row.status, _type(row.status), code, message, param, extra, retry_after_s)

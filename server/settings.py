@@ -13,7 +13,9 @@ from typing import Annotated, Any, TypeVar, get_args
 import msgspec
 from msgspec import Meta, Struct
 
+from server import key_settings
 from server.errors import ServerError
+from server.key_settings import Key, Limits
 from server.schema.sampling import Count, Positive, SamplingFields
 
 T = TypeVar("T")
@@ -88,6 +90,8 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     models: dict[str, Model] = msgspec.field(default_factory=dict)
     assistants: dict[str, Assistant] = msgspec.field(default_factory=dict)
     embedder: Embedder = Embedder()
+    keys: dict[str, Key] = msgspec.field(default_factory=dict)
+    limits: Limits = Limits()
 
     @property
     def is_loopback(self) -> bool:
@@ -109,7 +113,7 @@ def load(path: Path) -> Settings:
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{path}: is not TOML: {error}") from None
     _refuse_unknown(values, Settings, "", path)
-    for section, kind in (("models", Model), ("assistants", Assistant)):
+    for section, kind in (("models", Model), ("assistants", Assistant), ("keys", Key)):
         entries = values.get(section)
         for name, entry in entries.items() if isinstance(entries, dict) else ():
             _convert(entry, kind, f"{section}.{name}", path)
@@ -124,9 +128,11 @@ def complete(settings: Settings, where: str) -> Settings:
         if name in models:
             raise SettingsError(f"{where}: {name!r} is a model and an assistant; rename one")
         models.setdefault(assistant.model, Model())
-    for name in [*models, *settings.assistants]:
+    for name in [*models, *settings.assistants, *settings.keys]:
         if not NAME.fullmatch(name):
             raise SettingsError(f"{where}: {name!r} is no name: use letters, digits, `-`, `_`, `.`, `:`")
+    if problem := key_settings.problem(settings.keys):
+        raise SettingsError(f"{where}: {problem}")
     return msgspec.structs.replace(settings, models=models)
 
 
@@ -160,8 +166,24 @@ def _convert(values: Any, kind: type[T], place: str, path: Path) -> T:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         problem, _, inner = str(error).partition(" - at `$")
-        where = f"{place}{inner.rstrip('`')}".lstrip(".") or "file"
-        raise SettingsError(f"{path}: `{where}`: {problem[:1].lower()}{problem[1:]}") from None
+        inner = inner.rstrip("`")
+        where = f"{place}{inner}".lstrip(".") or "file"
+        given = _given(values, inner, hides_text=where.startswith("keys"))
+        raise SettingsError(f"{path}: `{where}`: {problem[:1].lower()}{problem[1:]}{given}") from None
+
+
+def _given(values: Any, inner: str, *, hides_text: bool) -> str:
+    """The value that msgspec's path leads to, as the end of an error; nothing for a table or a list.
+
+    `hides_text` where somebody may have written an API key.
+    """
+    for name, number in re.findall(r"\.([^.\[]+)|\[(\d+)\]", inner):
+        try:
+            values = values[name] if name else values[int(number)]
+        except (KeyError, IndexError, TypeError):
+            return ""
+    is_shown = isinstance(values, int | float if hides_text else str | int | float) and "sha256" not in inner
+    return f"; it is {values!r:.100}" if is_shown else ""
 
 
 def _refuse_unknown(values: Any, kind: type, place: str, path: Path) -> None:

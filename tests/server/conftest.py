@@ -10,7 +10,7 @@ import pytest
 
 from engine.request import ContextOverflow, Delta, Done, EngineConfig, EngineInfo, EngineStats, TokenLogprob
 from server.app import create_app
-from server.auth import Hosts, Keys
+from server.auth import Hosts, Keys, accept
 from server.embedding import EmbedderThread
 from server.engines import Plan
 from server.grounding import Retriever
@@ -167,12 +167,13 @@ class House:
 
 @pytest.fixture
 def build():
-    """A function that builds a House from settings."""
+    """A function that builds a House from settings; `keys` are (name, key)."""
     houses = []
 
     def make(*, keys=(), retriever=None, **fields) -> House:
         settings = complete(Settings(**({"models": {"fake": Model()}} | fields)), "test")
-        houses.append(House(settings, FakeEngine(), retriever, Keys(tuple(keys))))
+        accepted = [accept(name, key) for name, key in dict(keys).items()]
+        houses.append(House(settings, FakeEngine(), retriever, Keys(accepted)))
         return houses[-1]
 
     yield make

@@ -189,7 +189,7 @@ def test_a_body_over_the_limit_is_refused_whether_declared_or_not(house):
 
 
 def test_without_or_with_a_wrong_key_nothing_is_served_but_health(build):
-    house = build(keys=["correct-key"])
+    house = build(keys=[("alice", "correct-key")])
     for headers, word in [
         ({}, "no API key"),
         ({"authorization": "Bearer wrong"}, "wrong"),
