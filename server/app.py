@@ -8,7 +8,7 @@ from litestar.handlers import BaseRouteHandler
 from litestar.openapi import OpenAPIConfig
 from litestar.response import Response
 
-from server.errors import Failure, logged, of_status
+from server.errors import Failure, of_status
 from server.gate import Gate
 from server.openapi_page import SPECIFICATION_PATH, DocumentPage, Specification
 from server.routes.chat import chat_completions
@@ -41,7 +41,8 @@ def _require_key(connection: ASGIConnection, handler: BaseRouteHandler) -> None:
     if handler.opt.get("open") or connection.scope["path"].startswith("/docs"):
         return
     service: Service = connection.app.state.service
-    service.keys.check(connection.headers.get("authorization"))
+    name = service.keys.check(connection.headers.get("authorization"))
+    connection.scope["lq_key"] = name  # type: ignore[typeddict-unknown-key]
 
 
 def _of_litestar(request: Request, error: HTTPException) -> Response:
@@ -51,7 +52,8 @@ def _of_litestar(request: Request, error: HTTPException) -> Response:
 
 
 def _of_any(request: Request, error: Exception) -> Response:
-    return _response(logged(error, request_id=request.scope["lq_request_id"]))  # type: ignore[typeddict-item]
+    service: Service = request.app.state.service
+    return _response(service.failed(error, request.scope))
 
 
 def _response(failure: Failure) -> Response:

@@ -14,6 +14,7 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import CLIENT_CLOSED, HostNotAllowed, describe
 from server.service import Service
+from server.ticket import Ticket
 
 LOG = logging.getLogger("lq.server")
 SANE_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
@@ -38,7 +39,9 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = [*message.get("headers", ()), (b"x-request-id", request_id.encode("ascii"))]
+                own = {"x-request-id": request_id} | _rate(scope)
+                added = [(name.encode("ascii"), value.encode("ascii")) for name, value in own.items()]
+                headers = [*message.get("headers", ()), *added]
                 message = {**message, "headers": headers}
             await send(message)
 
@@ -51,12 +54,15 @@ class Gate:
         except HostNotAllowed as error:
             await refuse(error, send_with_id)
         finally:
+            if ticket := scope.get("lq_ticket"):
+                ticket.close()
             seconds = time.perf_counter() - started
             route = str(scope.get("path_template") or "unknown")
             metrics.open_requests.dec()
             metrics.requests.labels(_method(scope), route, str(status)).inc()
             metrics.duration.labels(route).observe(seconds)
-            LOG.info("%s %s %s %d %.3fs", request_id, _method(scope), route, status, seconds)
+            key = scope.get("lq_key") or "-"
+            LOG.info("%s %s %s %d %.3fs key=%s", request_id, _method(scope), route, status, seconds, key)
 
 
 async def refuse(error: Exception, send: Any) -> None:
@@ -68,6 +74,12 @@ async def refuse(error: Exception, send: Any) -> None:
     await send(
         {"type": "http.response.body", "body": msgspec.json.encode(failure.body()), "more_body": False}
     )
+
+
+def _rate(scope: Scope) -> dict[str, str]:
+    """What OpenAI's clients read about the tokens that their key may still use."""
+    ticket: Ticket | None = scope.get("lq_ticket")
+    return ticket.headers() if ticket else {}
 
 
 def _request_id(scope: Scope) -> str:

@@ -125,6 +125,11 @@ class Account:
         self.bucket.take(wanted, now)
         return wanted
 
+    def charge(self, n_tokens: int, now: float) -> None:
+        """Take tokens that were used beyond the reserved ones; fewer than 0 are given back."""
+        if self.bucket:
+            self.bucket.take(n_tokens, now)
+
 
 class Usage:
     """The tokens of one request, counted while they come, so that one that is cut short is counted too.

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from engine.request import Done, EngineStats
+from server.limits import Usage
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -33,6 +34,7 @@ class Metrics:
         self.embedding_jobs = Gauge(
             "lq_embedding_jobs", "Embedding jobs, waiting ones too.", registry=registry
         )
+        self.keys = KeyFigures(registry)
         self._engine = {
             name: Gauge(f"lq_engine_{name}", text, ["model"], registry=registry)
             for name, text in ENGINE_FIGURES.items()
@@ -52,6 +54,50 @@ class Metrics:
                 if value is not None:
                     gauge.labels(model).set(value)
         return generate_latest(self.registry)
+
+
+class KeyFigures:
+    """What each API key used, by its name in the configuration; never the key or its digest."""
+
+    NOBODY = "-"  # where no key is needed, or the one given is wrong
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._requests = Counter(
+            "lq_key_requests", "Completions and embeddings asked for, refused ones too.", ["key"],
+            registry=registry,
+        )  # fmt: skip
+        self._refused = Counter(
+            "lq_key_refused", "Requests that were refused or given up, by error code.", ["key", "reason"],
+            registry=registry,
+        )  # fmt: skip
+        self._tokens = Counter(
+            "lq_key_tokens", "Tokens by kind, of abandoned requests too: prompt, cached, completion.",
+            ["key", "kind"], registry=registry,
+        )  # fmt: skip
+        self._open = Gauge("lq_key_requests_open", "Requests being answered.", ["key"], registry=registry)
+
+    def know(self, key: str) -> None:
+        """Show a key from the start, before it asks."""
+        name = key or self.NOBODY
+        self._requests.labels(name)
+        self._open.labels(name)
+        for kind in ("prompt", "cached", "completion"):
+            self._tokens.labels(name, kind)
+
+    def asked(self, key: str) -> None:
+        self._requests.labels(key or self.NOBODY).inc()
+
+    def entered(self, key: str) -> None:
+        self._open.labels(key or self.NOBODY).inc()
+
+    def refused(self, key: str, reason: str) -> None:
+        self._refused.labels(key or self.NOBODY, reason).inc()
+
+    def left(self, key: str, usage: Usage) -> None:
+        name = key or self.NOBODY
+        self._open.labels(name).dec()
+        for kind in ("prompt", "cached", "completion"):
+            self._tokens.labels(name, kind).inc(getattr(usage, kind))
 
 
 ENGINE_FIGURES = {

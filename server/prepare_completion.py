@@ -30,10 +30,17 @@ async def completion(roster: Roster, body: CompletionRequest) -> Work:
             logprobs=body.logprobs,
             ignore_eos=bool(body.ignore_eos),
             parse_special=True,
+            cache_salt=body.cache_salt or "",
         )
         requests += choices(request, body.n or 1)
     prefixes = [echo for echo in echoes for _ in range(body.n or 1)]
-    return Work(target, tuple(requests), prefixes=tuple(prefixes), prompt_field="prompt")
+    return Work(
+        target,
+        tuple(requests),
+        prefixes=tuple(prefixes),
+        prompt_field="prompt",
+        n_choices=body.n or 1,
+    )
 
 
 def _prompts(body: CompletionRequest, target: Target) -> list[str | tuple[int, ...]]:

@@ -150,7 +150,7 @@ def _url(listener: socket.socket) -> str:
 
 
 def _log_to_stderr() -> None:
-    """One line a request: id, method, route, status, seconds. Never what was asked."""
+    """One line a request: id, method, route, status, seconds, name of the key. Never what was asked."""
     logger = logging.getLogger("lq")
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)

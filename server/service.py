@@ -9,6 +9,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from engine.request import ContextOverflow, Delta, Done, EngineError, EngineStats, Event
 from models.errors import ModelsError
@@ -18,15 +19,20 @@ from server import generate
 from server.auth import Hosts, Keys, read_keys
 from server.embedding import Embedder, EmbedderThread
 from server.engines import Engine, Start, plan, running
-from server.errors import PromptTooLong, ServerError
+from server.errors import ClientGone, Failure, PromptTooLong, ServerError, logged
 from server.grounding import Retriever
+from server.key_settings import policy
+from server.limits import Usage
 from server.metrics import Metrics
 from server.roster import Roster
 from server.settings import DEFAULT_EMBEDDER, Settings, SettingsError
+from server.ticket import Accounts, Ticket
 from server.work import Work
 
 #: An engine that has not told its figures by then is reported as down.
 STATS_S = 2.0
+#: Failures that are the state of the server or the key, not of the request.
+REFUSALS = {401, 429, 503, 504}
 
 
 @dataclass(slots=True)
@@ -39,25 +45,55 @@ class Service:
     keys: Keys
     hosts: Hosts
     metrics: Metrics = field(default_factory=Metrics)
+    clock: Callable[[], float] = time.monotonic  # of the tokens a minute
+    accounts: Accounts = field(init=False)
+
+    def __post_init__(self) -> None:
+        keys, limits = self.settings.keys, self.settings.limits
+        policies = [policy(name, keys.get(name), limits) for name in self.keys.names]
+        self.accounts = Accounts(policies, self.metrics.keys, clock=self.clock)
 
     @property
     def limit_bytes(self) -> int:
         return int(self.settings.server.max_body_mb * 2**20)
 
-    async def run(self, work: Work, started: float) -> AsyncGenerator[tuple[int, Event], None]:
-        """The events of a request, counted; `started` is when it came, by time.perf_counter."""
+    def admit(self, scope: Any) -> Ticket:
+        """The ticket of a request, which the gate closes; raises Refused when its key has no room for it."""
+        ticket = scope["lq_ticket"] = self.accounts.ticket(scope.get("lq_key", ""))
+        ticket.enter()
+        return ticket
+
+    def failed(self, error: BaseException, scope: Any) -> Failure:
+        """What to tell of an error of a request, which is logged and counted as one of its key."""
+        failure = logged(error, request_id=scope["lq_request_id"])
+        if failure.status in REFUSALS:
+            self.metrics.keys.refused(scope.get("lq_key", ""), failure.code)
+        ticket: Ticket | None = scope.get("lq_ticket")
+        if ticket and not isinstance(error, ClientGone):
+            ticket.forgive()
+        return failure
+
+    async def run(self, work: Work, ticket: Ticket) -> AsyncGenerator[tuple[int, Event], None]:
+        """The events of a request, counted, within the limits of its key."""
         name = work.target.name
-        is_first = True
         work.check()
-        async with aclosing(generate.events(work.target.engine, work.requests)) as events:
+        sizes = await ticket.in_time(work.prompt_sizes(count_texts=ticket.is_metered), is_first=True)
+        usage = Usage(sizes, n_choices=work.n_choices)
+        ticket.reserve(usage, n_answer=work.longest_answer(sizes))
+        requests = work.on_behalf_of(ticket.policy)
+        is_first = True
+        async with aclosing(generate.events(work.target.engine, requests)) as events:
             try:
-                async for index, event in events:
+                while found := await ticket.in_time(_next(events), is_first=is_first):
+                    index, event = found
                     if is_first and isinstance(event, Delta):
-                        is_first = False
-                        self.metrics.first_token.labels(name).observe(time.perf_counter() - started)
+                        self.metrics.first_token.labels(name).observe(ticket.age_s)
                     if isinstance(event, Done):
                         self.metrics.count(name, event)
-                    yield index, event
+                    is_first = False
+                    ticket.saw(index, event)
+                    yield found
+                ticket.settle()
             except ContextOverflow as error:
                 raise PromptTooLong(error, work.prompt_field) from None
 
@@ -66,6 +102,14 @@ class Service:
         engines = self.roster.engines
         found = await asyncio.gather(*map(_stats, engines.values()))
         return dict(zip(engines, found, strict=True))
+
+
+async def _next(events: AsyncIterator[tuple[int, Event]]) -> tuple[int, Event] | None:
+    """The next event; None at the end."""
+    try:
+        return await anext(events)
+    except StopAsyncIteration:
+        return None
 
 
 async def _stats(engine: Engine) -> EngineStats | None:

@@ -16,7 +16,7 @@ from msgspec import UNSET
 from engine.request import Delta, Done, Event
 from server import answer
 from server.answer import Envelope
-from server.errors import logged
+from server.errors import Failure
 from server.schema import chat, completion
 from server.schema.usage import Usage
 from server.work import Work
@@ -127,9 +127,9 @@ async def body(
     frames: ChatFrames | TextFrames,
     *,
     n_choices: int,
-    request_id: str,
+    failed: Callable[[BaseException], Failure],
 ) -> AsyncGenerator[bytes, None]:
-    """Every frame of an answer whose first event has come already."""
+    """Every frame of an answer whose first event has come already; `failed` says what to tell of an error."""
     done: dict[int, Done] = {}
     yield frames.opening()
     try:
@@ -144,7 +144,7 @@ async def body(
             except StopAsyncIteration:
                 break
     except Exception as error:  # the status is sent: tell it in the stream, where clients look for it
-        yield frame(logged(error, request_id=request_id).body())
+        yield frame(failed(error).body())
         return
     usage = answer.usage([done[index] for index in sorted(done)], n_choices=n_choices)
     yield frames.closing(usage) + DONE

@@ -1,9 +1,11 @@
 """A request made ready for the engine, and the fields that both kinds of completion turn into sampling."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from engine.request import GenerationRequest, Sampling
 from server.errors import BadRequest
+from server.limits import Policy
 from server.roster import Target
 from server.schema.sampling import GenerationFields
 from server.schema.usage import Source
@@ -20,6 +22,7 @@ class Work:
     prefixes: tuple[str, ...] = ()  # text before each choice (echo)
     sources: list[Source] | None = None  # None: not grounded
     prompt_field: str = "messages"  # where the request holds its prompt
+    n_choices: int = 1  # requests in a row that continue the same prompt
 
     def check(self) -> None:
         """Raise BadRequest for more sequences than the engine takes even when nothing else runs."""
@@ -31,6 +34,36 @@ class Work:
                 "at once: send fewer, or raise `max_queue` of the model in lq.toml",
                 param="n",
             )
+
+    async def prompt_sizes(self, *, count_texts: bool) -> tuple[int, ...]:
+        """Tokens of each prompt; of a text that is not counted here 0, until the engine tells at the end."""
+        return tuple([await self._size(each, count_texts) for each in self.requests[:: self.n_choices]])
+
+    def longest_answer(self, sizes: Sequence[int]) -> int:
+        """Tokens of all choices at most, as far as `max_tokens` says so; `sizes` are those of the prompts."""
+        n_ctx = self.target.engine.info.n_ctx
+        each = [
+            min(request.max_tokens or 0, max(0, n_ctx - sizes[number // self.n_choices]))
+            for number, request in enumerate(self.requests)
+        ]
+        return sum(each)
+
+    def on_behalf_of(self, policy: Policy) -> tuple[GenerationRequest, ...]:
+        """The requests with the key's place in the scheduler and its part of the cache."""
+        return tuple(
+            replace(request, tenant=policy.tenant, cache_salt=policy.salt(request.cache_salt))
+            for request in self.requests
+        )
+
+    async def _size(self, request: GenerationRequest, count_texts: bool) -> int:
+        if not isinstance(request.prompt, str):
+            return len(request.prompt)
+        if not count_texts:
+            return 0
+        tokens = await self.target.engine.tokenize(
+            request.prompt, add_special=request.add_special, parse_special=request.parse_special
+        )
+        return len(tokens)
 
 
 def sampling(target: Target, body: GenerationFields, *, grammar: str | None) -> Sampling:

@@ -1,8 +1,8 @@
 """What both kinds of completion do: read, prepare, run, and answer whole or as a stream."""
 
-import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,6 +16,7 @@ from server.errors import BadRequest
 from server.roster import Roster
 from server.schema.sampling import GenerationFields
 from server.service import Service, fingerprint
+from server.ticket import Ticket
 from server.work import Work
 
 Body = TypeVar("Body", bound=GenerationFields)
@@ -31,39 +32,39 @@ async def complete(
     whole: Callable[..., Any],
 ) -> ASGIResponse:
     """The response; a client that leaves cancels its sequences at once, whatever they were at."""
-    started = time.perf_counter()
     service: Service = request.app.state.service
     body = await read(request, wire_type, limit_bytes=service.limit_bytes)
     if body.stream_options and not body.stream:
         raise BadRequest("stream_options needs `stream: true`", param="stream_options")
+    ticket = service.admit(request.scope)
     envelope = Envelope.new(prefix, body.model, fingerprint())
     if not body.stream:
-        collected = await unless_gone(request, _collect(service, body, prepare, started))
+        collected = await unless_gone(request, _collect(service, body, prepare, ticket))
         work, choices = collected
         done = [choice.done for choice in choices if choice.done]
         usage = answer.usage(done, n_choices=body.n or 1)
         return json_response(whole(envelope, work, choices, usage))
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    work, events, first = await unless_gone(request, _begin(service, body, prepare, started))
+    work, events, first = await unless_gone(request, _begin(service, body, prepare, ticket))
     shaped = frames(envelope, work, include_usage=include_usage)
-    request_id: str = request.scope["lq_request_id"]  # type: ignore[typeddict-item]
-    pieces = stream.body(first, events, shaped, n_choices=body.n or 1, request_id=request_id)
+    failed = partial(service.failed, scope=request.scope)
+    pieces = stream.body(first, events, shaped, n_choices=body.n or 1, failed=failed)
     return stream.EventStream(pieces, events)
 
 
-async def _collect(service: Service, body: Any, prepare: Any, started: float) -> tuple[Work, list[Collected]]:
-    work = await prepare(service.roster, body)
+async def _collect(service: Service, body: Any, prepare: Any, ticket: Ticket) -> tuple[Work, list[Collected]]:
+    work = await ticket.in_time(prepare(service.roster, body), is_first=True)
     choices = [Collected() for _ in work.requests]
-    async with aclosing(service.run(work, started)) as events:
+    async with aclosing(service.run(work, ticket)) as events:
         async for index, event in events:
             choices[index].add(event)
     return work, choices
 
 
-async def _begin(service: Service, body: Any, prepare: Any, started: float):
+async def _begin(service: Service, body: Any, prepare: Any, ticket: Ticket):
     """Up to the first event, so that errors of the request still have their own status."""
-    work = await prepare(service.roster, body)
-    events = service.run(work, started)
+    work = await ticket.in_time(prepare(service.roster, body), is_first=True)
+    events = service.run(work, ticket)
     try:
         return work, events, await anext(events)
     except BaseException:

@@ -8,9 +8,13 @@ from litestar.response.base import ASGIResponse
 
 from server.body import read, unless_gone
 from server.errors import BadRequest
+from server.limits import Usage
 from server.routes.completing import json_response
 from server.schema.embedding import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
 from server.service import Service
+
+#: About what English has; how many there are is known when they have been embedded.
+CHARACTERS_PER_TOKEN = 4
 
 
 @post("/v1/embeddings", status_code=200, tags=["embeddings"])
@@ -20,8 +24,11 @@ async def embeddings(request: Request) -> ASGIResponse:
     body = await read(request, EmbeddingRequest, limit_bytes=service.limit_bytes)
     name = service.roster.embedder(body.model)
     texts = _texts(body)
+    ticket = service.admit(request.scope)
+    ticket.reserve_guess(sum(map(len, texts)) // CHARACTERS_PER_TOKEN)
     work = service.embedders.embed(name, texts, as_queries=body.input_type == "query")
-    vectors, n_tokens = await unless_gone(request, work)
+    vectors, n_tokens = await unless_gone(request, ticket.in_time(work, is_first=False))
+    ticket.settle(Usage((n_tokens,)))
     as_base64 = body.encoding_format == "base64"
     data = [Embedding(index=n, embedding=_encoded(row, as_base64)) for n, row in enumerate(vectors)]
     usage = EmbeddingUsage(prompt_tokens=n_tokens, total_tokens=n_tokens)

@@ -48,6 +48,7 @@ class GenerationFields(SamplingFields, frozen=True, forbid_unknown_fields=True, 
     max_tokens: Positive | None = None
     stream: bool | None = None
     stream_options: "StreamOptions | None" = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     # Accepted, because they cannot change an answer here.
     user: str | None = None
     metadata: dict[str, str] | None = None

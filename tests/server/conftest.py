@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+import time
+from hashlib import sha256
 from pathlib import Path
 
 import httpx
@@ -15,6 +17,7 @@ from server.embedding import EmbedderThread
 from server.engines import Plan
 from server.grounding import Retriever
 from server.in_process import BASE_URL, InProcess
+from server.key_settings import Key
 from server.roster import Roster
 from server.service import Service
 from server.settings import Model, Settings, complete
@@ -34,6 +37,7 @@ class FakeEngine:
         self.says = ["Hel", "lo", "!"]
         self.fails: Exception | None = None  # before the first event
         self.breaks: Exception | None = None  # after the first event
+        self.stall: asyncio.Event | None = None  # waited for before the first event
         self.pause: asyncio.Event | None = None  # waited for after the first event
         self.requests = []
         self.cancelled = 0
@@ -66,6 +70,8 @@ class FakeEngine:
             raise self.fails
         ended = False
         try:
+            if self.stall:
+                await self.stall.wait()
             for number, text in enumerate(self.says):
                 yield Delta(text, (1,), self._logprobs(request, text))
                 if number == 0 and self.breaks:
@@ -119,7 +125,12 @@ class House:
     """The application and a synchronous way to call it."""
 
     def __init__(
-        self, settings: Settings, engine: FakeEngine, retriever: Retriever | None, keys: Keys
+        self,
+        settings: Settings,
+        engine: FakeEngine,
+        retriever: Retriever | None,
+        keys: Keys,
+        **options,
     ) -> None:
         self.engine = engine
         self.embedder = FakeEmbedder()
@@ -134,7 +145,7 @@ class House:
             retriever=retriever,
             embedder=settings.embedder.model,
         )
-        self.service = Service(settings, roster, self.embedders, keys, Hosts(settings))
+        self.service = Service(settings, roster, self.embedders, keys, Hosts(settings), **options)
         self.app = create_app(self.service)
 
     def client(self, **options) -> httpx.AsyncClient:
@@ -167,13 +178,21 @@ class House:
 
 @pytest.fixture
 def build():
-    """A function that builds a House from settings; `keys` are (name, key)."""
+    """A function that builds a House from settings.
+
+    `keys` are (name, key); `key_limits` are fields of [keys.NAME] by name.
+    """
     houses = []
 
-    def make(*, keys=(), retriever=None, **fields) -> House:
-        settings = complete(Settings(**({"models": {"fake": Model()}} | fields)), "test")
+    def make(*, keys=(), key_limits=None, retriever=None, clock=time.monotonic, **fields) -> House:
+        named = {
+            name: Key(key_sha256=sha256(dict(keys)[name].encode()).hexdigest(), **limits)
+            for name, limits in (key_limits or {}).items()
+        }
+        fields = {"models": {"fake": Model()}, "keys": named} | fields
+        settings = complete(Settings(**fields), "test")
         accepted = [accept(name, key) for name, key in dict(keys).items()]
-        houses.append(House(settings, FakeEngine(), retriever, Keys(accepted)))
+        houses.append(House(settings, FakeEngine(), retriever, Keys(accepted), clock=clock))
         return houses[-1]
 
     yield make
