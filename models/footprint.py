@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from models.gguf import Header, InvalidGGUF, read_header
 from models.tensor_types import TensorType
@@ -162,7 +162,7 @@ def _number(header: Header, name: str, default: int | None = None) -> int:
     return value
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 

@@ -154,11 +154,34 @@ class CollectionUnavailable(ServerError):
         super().__init__(f"the collection {name[:200]!r} cannot be searched now: {reason}")
 
 
+class ModelTooLarge(ServerError):
+    """A model whose weights and context are more than all models together may take."""
+
+    def __init__(self, name: str, needed_bytes: int, budget_bytes: int) -> None:
+        super().__init__(
+            f"the model {name!r} needs {gigabytes(needed_bytes)} of memory and all models together may take "
+            f"{gigabytes(budget_bytes)}: lower its n_ctx, n_parallel or kv_cells, take a smaller file, or "
+            "raise memory_budget_mb under [server] in lq.toml"
+        )
+
+
+class ModelNotLoaded(ServerError):
+    """A model whose engine did not start; the next request tries once more."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"the model {name!r} cannot be loaded: {reason}")
+
+
 class ClientGone(ServerError):
     """The client closed the connection; its work was cancelled."""
 
     def __init__(self) -> None:
         super().__init__("the client closed the connection")
+
+
+def gigabytes(size_bytes: int) -> str:
+    """For people: 1.2 GB."""
+    return f"{size_bytes / 1e9:.1f} GB"
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +245,8 @@ TABLE: dict[type[BaseException], Row] = {
     EngineRestarted: Row(503, "engine_restarted", retry_after_s=RESTART_RETRY_S),
     EngineUnavailable: Row(503, "engine_unavailable", retry_after_s=UNAVAILABLE_RETRY_S),
     CollectionUnavailable: Row(503, "collection_unavailable", "collection"),
+    ModelTooLarge: Row(503, "model_too_large", "model"),
+    ModelNotLoaded: Row(503, "model_not_loaded", "model"),
     FirstTokenLate: Row(503, "first_token_timeout"),
     RequestTooLong: Row(504, "request_timeout"),
     EngineError: Row(500, "server_error"),
