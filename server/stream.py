@@ -151,18 +151,28 @@ async def body(
 
 
 class EventStream(ASGIResponse):
-    """Sends the frames; closes `events`, and so cancels the sequences, when the client leaves or it ends."""
+    """Sends the frames; closes `events`, and so cancels the sequences, when the client leaves or it ends.
 
-    def __init__(self, pieces: AsyncGenerator[bytes, None], events: AsyncGenerator[Any, None]) -> None:
+    `lasts_s`: seconds after which the connection is cut; the frames end before, unless nobody reads them.
+    """
+
+    def __init__(
+        self,
+        pieces: AsyncGenerator[bytes, None],
+        events: AsyncGenerator[Any, None],
+        *,
+        lasts_s: float | None = None,
+    ) -> None:
         super().__init__(status_code=200)
         self._pieces = pieces
         self._events = events
+        self._lasts_s = lasts_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         sending = asyncio.ensure_future(self._send(send))
         leaving = asyncio.ensure_future(_disconnect(receive))
         try:
-            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({sending, leaving}, timeout=self._lasts_s, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
         finally:

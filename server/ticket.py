@@ -17,6 +17,9 @@ from server.metrics import KeyFigures
 T = TypeVar("T")
 Clock = Callable[[], float]
 
+#: Seconds that a client gets after `total_s` to read that its request took too long.
+READING_S = 5.0
+
 
 class Ticket:
     """`enter`, `reserve`, then every event that comes, then `close`, whatever happened in between."""
@@ -109,6 +112,13 @@ class Ticket:
             if not deadline.expired():  # somebody else's
                 raise
         raise self._late(at)
+
+    @property
+    def lasts_s(self) -> float | None:
+        """Seconds in which an answer that has begun is sent, or its client does not read; None: no limit."""
+        if self._end_at == math.inf:
+            return None
+        return max(0.0, self._end_at - asyncio.get_running_loop().time()) + READING_S
 
     def headers(self) -> dict[str, str]:
         """The state of the key's tokens for its client; none without `tokens_per_minute`."""

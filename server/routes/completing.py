@@ -49,7 +49,7 @@ async def complete(
     shaped = frames(envelope, work, include_usage=include_usage)
     failed = partial(service.failed, scope=request.scope)
     pieces = stream.body(first, events, shaped, n_choices=body.n or 1, failed=failed)
-    return stream.EventStream(pieces, events)
+    return stream.EventStream(pieces, events, lasts_s=ticket.lasts_s)
 
 
 async def _collect(service: Service, body: Any, prepare: Any, ticket: Ticket) -> tuple[Work, list[Collected]]:

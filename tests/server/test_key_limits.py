@@ -319,6 +319,34 @@ def test_a_stream_that_takes_too_long_ends_with_an_error_frame(limited):
     assert metric(house, 'lq_key_refused_total{key="alice",reason="request_timeout"}') == 1
 
 
+def test_a_client_that_reads_nothing_is_cut_off_after_the_total_time(limited, monkeypatch):
+    monkeypatch.setattr("server.ticket.READING_S", 0.01)
+    house = limited(total_s=0.05)
+    sent, body = [], [json.dumps(STREAM).encode()]
+
+    async def stuck(message):
+        sent.append(message["type"])
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def receive():
+        if body:
+            return {"type": "http.request", "body": body.pop(), "more_body": False}
+        return await asyncio.Event().wait()
+
+    headers = {"host": "localhost", "content-type": "application/json"} | ALICE
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+        "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions", "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        "server": ("localhost", 80), "client": ("127.0.0.1", 0), "root_path": "",
+    }  # fmt: skip
+    asyncio.run(house.app(scope, receive, stuck))
+    assert sent == ["http.response.start", "http.response.body"]
+    assert house.engine.cancelled == 1
+    assert metric(house, 'lq_key_requests_open{key="alice"}') == 0
+
+
 def test_the_general_limits_hold_without_a_key(build):
     house = build(limits=Limits(total_s=0.05, max_requests=1))
     house.engine.pause = asyncio.Event()
