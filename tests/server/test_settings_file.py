@@ -1,11 +1,13 @@
 """lq.toml, keys and hosts: what is read, what is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from server.auth import Hosts, Keys, read_keys
 from server.errors import HostNotAllowed, Unauthorized
+from server.key_settings import Limits
 from server.settings import DEFAULT_MODEL, HTTP, Adapter, Model, Settings, SettingsError, load, with_models
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "lq.toml"
@@ -32,6 +34,17 @@ def test_the_example_loads_and_shows_the_defaults():
     assert settings.server == HTTP()
     assert settings.models["smollm2-135m-instruct"] == Model(model="smollm2-135m-instruct")
     assert settings.assistants["terse"].temperature == 0.0
+
+
+def test_what_the_example_shows_in_comments_is_valid(written):
+    before, limits, after = EXAMPLE.read_text().partition("[limits]\n")
+    text = before + limits + re.sub(r"^# (?=\w+ = |\[keys)", "", after, flags=re.MULTILINE)
+    settings = load(written(text))
+    assert settings.keys["chat"].weight == 3
+    assert settings.keys["chat"].max_requests == "unlimited"
+    assert settings.keys["nightly-batch"].tokens_per_minute == 20_000
+    assert settings.limits.max_running == 8
+    assert load(EXAMPLE).limits == Limits()
 
 
 def test_paths_are_relative_to_the_file_and_store_names_stay(written, tmp_path):
