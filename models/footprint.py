@@ -27,10 +27,11 @@ class Footprint:
     weights_bytes: int
     kv_bytes: int
     compute_bytes: int  # at most: the process itself and what it computes in
+    cache_bytes: int = 0  # at most: prefixes beside the KV cache
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_bytes + self.compute_bytes
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.cache_bytes
 
 
 def footprint(

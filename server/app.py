@@ -14,11 +14,12 @@ from server.openapi_page import SPECIFICATION_PATH, DocumentPage, Specification
 from server.routes.chat import chat_completions
 from server.routes.completions import completions
 from server.routes.embeddings import embeddings
+from server.routes.engine import engines
 from server.routes.health import health, metrics
 from server.routes.models import list_models, show_model
 from server.service import Service
 
-ROUTES = [chat_completions, completions, embeddings, list_models, show_model, health, metrics]
+ROUTES = [chat_completions, completions, embeddings, list_models, show_model, engines, health, metrics]
 
 
 def create_app(service: Service) -> Gate:

@@ -6,6 +6,7 @@ which runs after every change and never waits, so that no request can meet an en
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from engine.request import EngineConfig, EngineUnavailable, QueueFull
-from server.engines import Engine, Start
+from server.engines import Engine, Plan, Start
 from server.errors import ModelTooLarge
 
 LOG = logging.getLogger("lq.server")
@@ -34,11 +35,21 @@ class Timer(Protocol):
 
 
 class Clock(Protocol):
-    """Seconds that go on, and calls at a time to come: an event loop, or a test's own."""
+    """Seconds that go on, and calls at a time to come; a test has its own."""
 
     def time(self) -> float: ...
 
-    def call_later(self, delay: float, callback: Callable[[], object], /) -> Timer: ...
+    def call_later(self, delay: float, callback: Callable[[], object]) -> Timer: ...
+
+
+class _LoopClock:
+    """Real time; calls come from the event loop that runs."""
+
+    def time(self) -> float:
+        return time.monotonic()
+
+    def call_later(self, delay: float, callback: Callable[[], object]) -> Timer:
+        return asyncio.get_running_loop().call_later(delay, callback)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +61,20 @@ class Member:
     size_bytes: int
     keep_alive_s: float | None = None  # None: until its room is needed
     preload: bool = False
+
+
+def members(plans: Iterable[Plan]) -> list[Member]:
+    """One for each distinct configuration; it stays as long as any of its plans asks for."""
+    found: dict[EngineConfig, Member] = {}
+    for plan in plans:
+        keep_alive_s, preload = plan.keep_alive_s, plan.preload
+        if (known := found.get(plan.config)) is not None:
+            endless = None in (keep_alive_s, known.keep_alive_s)
+            keep_alive_s = None if endless else max(keep_alive_s or 0.0, known.keep_alive_s or 0.0)
+            preload = preload or known.preload
+        name = known.name if known else plan.name
+        found[plan.config] = Member(name, plan.config, plan.footprint.total_bytes, keep_alive_s, preload)
+    return list(found.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +128,7 @@ class Fleet:
         self._places = {member.config: _Place(member) for member in members}
         self._start = start
         self.budget_bytes = budget_bytes
-        self._own_clock = clock
+        self._clock = clock or _LoopClock()
         self._timer: Timer | None = None
         self._closed = False
 
@@ -171,10 +196,6 @@ class Fleet:
             idle_s=max(0.0, self._clock.time() - place.used_s) if place.idle else None,
             problem=str(place.problem) if place.problem is not None else None,
         )
-
-    @property
-    def _clock(self) -> Clock:
-        return self._own_clock or asyncio.get_running_loop()
 
     async def _take(self, place: _Place) -> None:
         if self._closed:

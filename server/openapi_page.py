@@ -15,6 +15,7 @@ from litestar.openapi.plugins import JsonRenderPlugin, OpenAPIRenderPlugin
 from server.schema.chat import ChatCompletion, ChatRequest
 from server.schema.completion import Completion, CompletionRequest
 from server.schema.embedding import EmbeddingList, EmbeddingRequest
+from server.schema.engine import EngineList
 from server.schema.model import Model, ModelList
 
 SPECIFICATION_PATH = "/openapi.json"
@@ -26,6 +27,7 @@ WIRE: dict[str, tuple[str, type | None, type]] = {
     "/v1/embeddings": ("post", EmbeddingRequest, EmbeddingList),
     "/v1/models": ("get", None, ModelList),
     "/v1/models/{model}": ("get", None, Model),
+    "/v1/engine": ("get", None, EngineList),
 }
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}

@@ -2,17 +2,21 @@
 
 import difflib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.request import EngineConfig
+from msgspec import UNSET
+
+from engine.request import ModelLoadFailed
 from prompts import template
 from prompts.message import Message
 from prompts.template import Prompt
 from server import chat_prompt
 from server.engines import Engine, Plan
-from server.errors import UnknownModel
+from server.errors import ModelNotLoaded, UnknownModel
+from server.fleet import Fleet, Standing
 from server.grounding import Retriever
 from server.schema.model import Model
 from server.settings import Assistant, Settings, SettingsError
@@ -23,10 +27,15 @@ class Target:
     """A model, or an assistant on top of one."""
 
     name: str
-    engine: Engine
+    fleet: Fleet
     plan: Plan
     assistant: Assistant | None = None
     prompt: Prompt | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, which is there for as long as a lease of it is held (see `Roster.lease`)."""
+        return self.fleet.engine(self.plan.config)
 
     @property
     def max_tokens(self) -> int | None:
@@ -48,18 +57,19 @@ class Roster:
         settings: Settings,
         *,
         plans: Mapping[str, Plan],
-        engines: Mapping[EngineConfig, Engine],
+        fleet: Fleet,
         retriever: Retriever,
         embedder: str | None,
     ) -> None:
         self.settings = settings
         self._embedder = embedder
         self.retriever = retriever
-        self.engines = {plan.name: engines[plan.config] for plan in plans.values()}
+        self.plans = plans
+        self.fleet = fleet
         self._started = int(time.time())
         folder = settings.server.prompts
         self._prompt_folder = Path(folder) if folder else None
-        self._targets = {name: self._target(name, plan, engines[plan.config]) for name, plan in plans.items()}
+        self._targets = {name: self._target(name, plan) for name, plan in plans.items()}
 
     def get(self, name: str) -> Target:
         """The model or assistant; UnknownModel lists what there is."""
@@ -70,6 +80,30 @@ class Roster:
         close = difflib.get_close_matches(name, self._targets, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(self._targets)}"
         raise UnknownModel(name, hint)
+
+    @asynccontextmanager
+    async def lease(self, name: str) -> AsyncIterator[Target]:
+        """The model or assistant with its engine, which is started if need be and stays until the end.
+
+        Raises UnknownModel, ModelNotLoaded, or what `Fleet.lease` does while it waits.
+        """
+        target = self.get(name)
+        async with AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(self.fleet.lease(target.plan.config))
+            except (ModelLoadFailed, OSError) as error:
+                folder = f"{target.plan.config.model_path.parent}/"
+                raise ModelNotLoaded(name, str(error).replace(folder, "")) from error
+            yield target
+
+    def standings(self) -> dict[str, Standing]:
+        """How each engine is doing, by the name of its first model."""
+        distinct = {plan.name: plan.config for plan in self.plans.values()}
+        return {standing.member.name: standing for standing in map(self.fleet.standing, distinct.values())}
+
+    def names(self, standing: Standing) -> list[str]:
+        """The models and assistants that an engine answers for."""
+        return [name for name, plan in self.plans.items() if plan.config == standing.member.config]
 
     def embedder(self, name: str) -> str:
         """The embedder that a name means, as the settings call it."""
@@ -100,10 +134,10 @@ class Roster:
             found.append(Model(id=Path(self._embedder).name, created=self._started, kind="embedding"))
         return found
 
-    def _target(self, name: str, plan: Plan, engine: Engine) -> Target:
+    def _target(self, name: str, plan: Plan) -> Target:
         assistant = self.settings.assistants.get(name)
         if assistant is None:
-            return Target(name, engine, plan)
+            return Target(name, self.fleet, plan)
         wanted = assistant.prompt or ("grounded" if assistant.collection else None)
         prompt = self.prompt(wanted) if wanted else None
         if prompt and prompt.uses_sources != bool(assistant.collection):
@@ -115,21 +149,21 @@ class Roster:
             raise SettingsError(f"assistants.{name}: `prompt_variables` needs a `prompt`")
         if prompt:
             prompt.render(question="?", variables=assistant.prompt_variables)
-        return Target(name, engine, plan, assistant, prompt)
+        return Target(name, self.fleet, plan, assistant, prompt)
 
     def _describe(self, target: Target) -> Model:
-        info = target.engine.info
+        config, facts = target.plan.config, target.plan.facts
         model = Model(
             id=target.name,
             created=self._started,
             kind="chat",
-            n_ctx=info.n_ctx,
-            max_model_len=info.n_ctx,
-            n_ctx_train=info.n_ctx_train,
-            n_params=info.n_params,
-            size_bytes=info.size_bytes,
-            architecture=info.architecture,
-            description=info.description,
+            n_ctx=config.n_ctx,
+            max_model_len=config.n_ctx,
+            n_ctx_train=UNSET if facts.n_ctx_train is None else facts.n_ctx_train,
+            n_params=facts.n_params,
+            size_bytes=facts.size_bytes,
+            architecture=facts.architecture,
+            description=facts.description,
         )
         if target.assistant is not None:
             model.kind = "assistant"

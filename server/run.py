@@ -18,6 +18,9 @@ import uvicorn
 from models.store import Store
 from server.app import create_app
 from server.auth import read_keys
+from server.engines import Plan
+from server.errors import gigabytes
+from server.fleet import Standing
 from server.service import Service, opened
 from server.settings import Settings, SettingsError
 
@@ -45,8 +48,11 @@ def serve(settings: Settings, *, store: Store | None = None, ready: Ready | None
 
 
 def announce(url: str, service: Service) -> None:
-    """The line that tells where to ask and how to stop, after what the operator should know."""
-    models = service.roster.models()
+    """What each model got of the machine, what the operator should know, where to ask and how to stop."""
+    roster = service.roster
+    for name, standing in roster.standings().items():
+        print(share(roster.plans[name], standing, roster.fleet.budget_bytes), flush=True)
+    models = roster.models()
     names = ", ".join(model.id for model in models)
     for model in models:
         if model.n_ctx and model.n_ctx_train and model.n_ctx > model.n_ctx_train:
@@ -57,6 +63,33 @@ def announce(url: str, service: Service) -> None:
             print(warning, file=sys.stderr, flush=True)
     key = ", API key required" if service.keys.required else ""
     print(f"lq serves {names} at {url}/v1 (API: {url}/docs{key}); Ctrl-C stops", flush=True)
+
+
+def share(plan: Plan, standing: Standing, budget_bytes: int) -> str:
+    """What a model got, chosen or given, in one line."""
+    config, trained = plan.config, plan.facts.n_ctx_train
+    shortened = f" (of {trained})" if trained and config.n_ctx < trained else ""
+    parts = [f"{config.n_ctx} tokens a request{shortened}", f"{config.n_parallel} at once"]
+    if config.kv_cells:
+        parts.append(f"{config.kv_cells} tokens together")
+    info = standing.engine.info if standing.engine else None
+    keys = config.kv_type_k or (info and ("f16" if info.gpu else "bf16"))
+    if keys:
+        parts.append(f"keys {keys}")
+    if config.kv_type_v != "f16":
+        parts.append(f"values {config.kv_type_v}")
+    if info:
+        parts.append(info.gpu or counted(info.n_threads, "thread"))
+    parts.append(f"{gigabytes(plan.footprint.total_bytes)} of {gigabytes(budget_bytes)}")
+    if not info:
+        parts.append("loaded on first use")
+    if standing.member.keep_alive_s is not None:
+        parts.append(f"unloaded after {standing.member.keep_alive_s:g} s without requests")
+    return f"{plan.name}: {', '.join(parts)}"
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 class _Server(uvicorn.Server):

@@ -18,11 +18,13 @@ from rag.errors import RagError
 from server import generate
 from server.auth import Hosts, Keys, read_keys
 from server.embedding import Embedder, EmbedderThread
-from server.engines import Engine, Start, plan, running
+from server.engines import Engine, Start, plan
 from server.errors import ClientGone, Failure, PromptTooLong, ServerError, logged
+from server.fleet import Fleet, members
 from server.grounding import Retriever
 from server.key_settings import policy
 from server.limits import Usage
+from server.machine import Machine, this_machine
 from server.metrics import Metrics
 from server.roster import Roster
 from server.settings import DEFAULT_EMBEDDER, Settings, SettingsError
@@ -98,10 +100,11 @@ class Service:
                 raise PromptTooLong(error, work.prompt_field) from None
 
     async def stats(self) -> dict[str, EngineStats | None]:
-        """Figures of every engine, asked at once; None for one that is down or does not answer in time."""
-        engines = self.roster.engines
-        found = await asyncio.gather(*map(_stats, engines.values()))
-        return dict(zip(engines, found, strict=True))
+        """Figures of every model's engine, asked at once; None for one that does not answer in time."""
+        standings = self.roster.standings().values()
+        found = await asyncio.gather(*(figures(standing.engine) for standing in standings))
+        pairs = zip(standings, found, strict=True)
+        return {name: each for standing, each in pairs for name in self.roster.names(standing)}
 
 
 async def _next(events: AsyncIterator[tuple[int, Event]]) -> tuple[int, Event] | None:
@@ -112,8 +115,9 @@ async def _next(events: AsyncIterator[tuple[int, Event]]) -> tuple[int, Event] |
         return None
 
 
-async def _stats(engine: Engine) -> EngineStats | None:
-    if not engine.alive:  # it would answer after its restart
+async def figures(engine: Engine | None) -> EngineStats | None:
+    """What an engine says of itself; None when there is none, it is down or does not answer in time."""
+    if engine is None or not engine.alive:  # it would answer after its restart
         return None
     try:
         return await asyncio.wait_for(engine.stats(), STATS_S)
@@ -129,15 +133,20 @@ async def opened(
     store: Store | None = None,
     start: Start | None = None,
     load_embedder: Callable[[str], Embedder] | None = None,
+    machine: Machine | None = None,
 ) -> AsyncIterator[Service]:
     """The service of the settings; whatever cannot be opened is reported before anything is served.
 
-    `keys`: those that may ask, by default what the settings and the environment say.
+    `keys`: those that may ask, by default what the settings and the environment say. `machine`: what there is
+    for models, by default this one.
     """
     keys = read_keys(settings) if keys is None else keys
     hosts = Hosts(settings)
     store = store or Store.default()
-    plans = plan(settings, store)
+    machine = machine or this_machine()
+    plans = plan(settings, store, machine)
+    budget_bytes = machine.budget(settings.server.memory_budget_mb)
+    fleet = Fleet(members(plans.values()), start or _start_engine, budget_bytes=budget_bytes)
     embedder = _stored_embedder(settings, store)
     embedders = EmbedderThread(
         load_embedder or _embedder_loader(store), max_queue=settings.embedder.max_queue
@@ -145,10 +154,11 @@ async def opened(
     retriever = Retriever(store.root / "collections", embedders)
     try:
         await _check_collections(settings, retriever)
-        async with running(plans, start or _start_engine) as engines:
-            roster = Roster(settings, plans=plans, engines=engines, retriever=retriever, embedder=embedder)
-            yield Service(settings, roster, embedders, keys, hosts)
+        roster = Roster(settings, plans=plans, fleet=fleet, retriever=retriever, embedder=embedder)
+        await fleet.preload()
+        yield Service(settings, roster, embedders, keys, hosts)
     finally:
+        await fleet.close()
         await embedders.close()
         retriever.close()
 

@@ -16,15 +16,14 @@ from msgspec import Meta, Struct
 from server import key_settings
 from server.errors import ServerError
 from server.key_settings import Key, Limits
-from server.schema.sampling import Count, Positive, SamplingFields
+from server.model_settings import Adapter, Model, joined
+from server.schema.sampling import Positive, SamplingFields
 
 T = TypeVar("T")
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_EMBEDDER = "all-minilm-l6-v2"
 NAME = re.compile(r"\w[\w.:-]{0,99}")
-
-ContextTokens = Annotated[int, Meta(ge=16, le=2**24)]
 
 
 class SettingsError(ServerError):
@@ -42,26 +41,7 @@ class HTTP(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     allowed_hosts: tuple[str, ...] = ()
     prompts: str | None = None  # folder of prompt files, found before the shipped ones
     drain_s: Annotated[float, Meta(ge=0, le=600)] = 5.0  # seconds that running requests get at the end
-
-
-class Adapter(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A LoRA adapter and how strongly it counts."""
-
-    path: str
-    scale: Annotated[float, Meta(ge=-100, le=100)] = 1.0
-
-
-class Model(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """[models.NAME]"""
-
-    model: str | None = None  # store name or path of a GGUF; None: NAME is a store name
-    n_ctx: ContextTokens = 4096  # tokens of one request, answer included
-    n_parallel: Annotated[int, Meta(ge=1, le=256)] = 4  # requests decoded together
-    threads: Annotated[int, Meta(ge=1, le=512)] | None = None  # None: physical cores
-    gpu_layers: Count | None = None  # None: all, if there is a GPU
-    mmap: bool | None = None  # weights stay in the file's pages; None: when memory is short
-    max_queue: Annotated[int, Meta(ge=0, le=2**20)] = 256  # requests that may wait
-    lora: tuple[str | Adapter, ...] = ()
+    memory_budget_mb: Annotated[float, Meta(gt=0, le=2**40)] | None = None  # all models; None: 80 % of free
 
 
 class Assistant(SamplingFields, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -158,7 +138,7 @@ def _joined(name: str, configured: Model, given: Model) -> Model:
             f"command line: {name!r} means {there} in the configuration file and {here} here: "
             "leave one out, or rename the one in the file"
         )
-    return msgspec.structs.replace(configured, lora=(*configured.lora, *given.lora))
+    return joined(configured, given)
 
 
 def _convert(values: Any, kind: type[T], place: str, path: Path) -> T:
@@ -215,7 +195,10 @@ def _anchored(settings: Settings, folder: Path) -> Settings:
     )
     models = {
         name: msgspec.structs.replace(
-            model, model=_anchor(model.model, folder), lora=_anchor_adapters(model.lora, folder)
+            model,
+            model=_anchor(model.model, folder),
+            draft_model=_anchor(model.draft_model, folder),
+            lora=_anchor_adapters(model.lora, folder),
         )
         for name, model in settings.models.items()
     }

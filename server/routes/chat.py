@@ -4,6 +4,7 @@ from litestar import Request, post
 from litestar.response.base import ASGIResponse
 
 from server import answer
+from server.holding import Holding
 from server.prepare_chat import chat
 from server.routes.completing import complete
 from server.schema.chat import AnswerMessage, ChatCompletion, ChatRequest, Choice
@@ -15,7 +16,12 @@ from server.work import Work
 @post("/v1/chat/completions", status_code=200, tags=["chat"])
 async def chat_completions(request: Request) -> ASGIResponse:
     """Answer a conversation, with passages of a collection when one is named."""
-    return await complete(request, ChatRequest, chat, prefix="chatcmpl", frames=ChatFrames, whole=whole)
+    async with Holding() as holding:
+        prepare = holding.before(chat)
+        response = await complete(
+            request, ChatRequest, prepare, prefix="chatcmpl", frames=ChatFrames, whole=whole
+        )
+        return holding.until_sent(response)
 
 
 def whole(

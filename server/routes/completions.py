@@ -4,6 +4,7 @@ from litestar import Request, post
 from litestar.response.base import ASGIResponse
 
 from server import answer
+from server.holding import Holding
 from server.prepare_completion import completion
 from server.routes.completing import complete
 from server.schema.completion import Completion, CompletionRequest, TextChoice
@@ -15,9 +16,12 @@ from server.work import Work
 @post("/v1/completions", status_code=200, tags=["completions"])
 async def completions(request: Request) -> ASGIResponse:
     """Continue one or several texts as they are."""
-    return await complete(
-        request, CompletionRequest, completion, prefix="cmpl", frames=TextFrames, whole=whole
-    )
+    async with Holding() as holding:
+        prepare = holding.before(completion)
+        response = await complete(
+            request, CompletionRequest, prepare, prefix="cmpl", frames=TextFrames, whole=whole
+        )
+        return holding.until_sent(response)
 
 
 def whole(envelope: answer.Envelope, work: Work, choices: list[answer.Collected], usage: Usage) -> Completion:

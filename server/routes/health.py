@@ -9,9 +9,14 @@ from server.service import Service
 
 @get("/health", tags=["server"], opt={"open": True})
 async def health(request: Request) -> ASGIResponse:
-    """200 when every engine's process is alive, 503 while one is being started again. Needs no key."""
+    """200 unless an engine's process died and is being started again (503). Needs no key.
+
+    An engine that is not loaded is started by the first request that needs it: nothing is wrong with that.
+    """
     service: Service = request.app.state.service
-    down = [name for name, engine in service.roster.engines.items() if not engine.alive]
+    roster = service.roster
+    lost = [each for each in roster.standings().values() if each.state == "down"]
+    down = [name for standing in lost for name in roster.names(standing)]
     if down:
         return json_response({"status": "starting", "engines_down": down}, status=503)
     return json_response({"status": "ok"})

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from engine.request import ContextOverflow, Delta, Done, EngineConfig, EngineInfo, EngineStats, TokenLogprob
+from models.footprint import Footprint
 from server.app import create_app
 from server.auth import Hosts, Keys, accept
 from server.embedding import EmbedderThread
-from server.engines import Plan
+from server.engines import Facts, Plan
+from server.fleet import Fleet, members
 from server.grounding import Retriever
 from server.in_process import BASE_URL, InProcess
 from server.key_settings import Key
@@ -135,18 +137,25 @@ class House:
         self.engine = engine
         self.embedder = FakeEmbedder()
         self.embedders = EmbedderThread(lambda _: self.embedder, max_queue=settings.embedder.max_queue)
-        plan = Plan("fake", EngineConfig(Path("fake.gguf")), CONTROL)
+        config = EngineConfig(Path("/secret/folder/fake.gguf"), n_ctx=4000)
+        facts = Facts("fake", "fake 10", n_ctx_train=4000, n_params=10, size_bytes=10)
+        plan = Plan("fake", config, CONTROL, facts, Footprint(10, 20, 30))
         plans = dict.fromkeys([*settings.models, *settings.assistants], plan)
         retriever = retriever or Retriever(Path("/nonexistent"), self.embedders)
+        fleet = Fleet(members([plan]), self._start, budget_bytes=1000)
+        asyncio.run(fleet.preload())
         roster = Roster(
             settings,
             plans=plans,
-            engines={plan.config: engine},
+            fleet=fleet,
             retriever=retriever,
             embedder=settings.embedder.model,
         )
         self.service = Service(settings, roster, self.embedders, keys, Hosts(settings), **options)
         self.app = create_app(self.service)
+
+    async def _start(self, _config) -> FakeEngine:
+        return self.engine
 
     def client(self, **options) -> httpx.AsyncClient:
         return httpx.AsyncClient(transport=InProcess(self.app), base_url=BASE_URL, **options)

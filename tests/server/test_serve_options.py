@@ -1,6 +1,6 @@
 """Options of `lq serve` -> settings, and what is pulled before it starts."""
 
-from dataclasses import replace
+import asyncio
 
 import pytest
 import typer
@@ -9,8 +9,11 @@ from lq.commands import serve
 from lq.commands.serve import name_of, named_models, stocked, with_engine_options
 from models.errors import ModelsError
 from models.store import Store
+from server.auth import Keys
+from server.machine import Machine
 from server.run import announce
-from server.settings import Adapter, Embedder, Model, Settings, with_models
+from server.service import opened
+from server.settings import Adapter, Embedder, Model, Settings, complete, with_models
 
 SMOL = "smollm2-135m-instruct"
 MINILM = "all-minilm-l6-v2"
@@ -122,11 +125,46 @@ def test_the_command_pulls_both_and_serves_what_it_was_told(pulled, monkeypatch,
     assert settings.server.port == 9
 
 
-@pytest.mark.parametrize(("n_ctx", "warned"), [(4096, True), (2048, False)])
-def test_more_context_than_the_model_was_trained_on_is_told(build, capsys, n_ctx, warned):
-    house = build()
-    house.engine.info = replace(house.engine.info, n_ctx=n_ctx, n_ctx_train=2048)
-    announce("http://127.0.0.1:1", house.service)
-    told = capsys.readouterr()
-    assert "lq serves fake, " in told.out
-    assert ("trained on 2048 tokens; with n_ctx 4096" in told.err) is warned
+@pytest.fixture
+def announced(asset_home, make_engine, capsys):
+    """A function: models -> what is said at the start of their server, on stdout and stderr."""
+
+    def announce_models(available_bytes: int = 20 * 10**9, **models: Model):
+        async def start(_config):
+            return make_engine()
+
+        async def run():
+            settings = complete(Settings(models=models), "test")
+            machine = Machine(available_bytes, 2)
+            async with opened(
+                settings, keys=Keys(()), store=Store(asset_home), start=start, machine=machine
+            ) as service:
+                announce("http://127.0.0.1:1", service)
+
+        asyncio.run(run())
+        return capsys.readouterr()
+
+    return announce_models
+
+
+@pytest.mark.parametrize(("n_ctx", "warned"), [(16384, True), (8192, False)])
+def test_more_context_than_the_model_was_trained_on_is_told(announced, n_ctx, warned):
+    told = announced(smol=Model(model=SMOL, n_ctx=n_ctx))
+    assert "lq serves smol, " in told.out
+    assert ("trained on 8192 tokens; with n_ctx 16384" in told.err) is warned
+
+
+def test_what_a_model_got_is_said_in_one_line(announced):
+    line, last = announced(smol=Model(model=SMOL)).out.splitlines()
+    assert line == "smol: 8192 tokens a request, 8 at once, keys bf16, 1 thread, 2.4 GB of 16.0 GB"
+    assert last.startswith("lq serves smol, ")
+
+
+def test_what_was_shortened_or_waits_for_its_first_use_is_said_too(announced):
+    small = Model(model=SMOL, n_ctx=4096, n_parallel=2, kv_cells=5000, kv_type_k="q8_0", kv_type_v="q4_0")
+    lines = announced(a=small, b=Model(model=SMOL, keep_alive="90s")).out.splitlines()
+    assert lines[0] == (
+        "a: 4096 tokens a request (of 8192), 2 at once, 5000 tokens together, keys q8_0, values q4_0, "
+        "0.8 GB of 16.0 GB, loaded on first use, unloaded after 600 s without requests"
+    )
+    assert lines[1].endswith("loaded on first use, unloaded after 90 s without requests")
