@@ -39,6 +39,9 @@ _COUNTERS = (
     "completion_tokens_total",
     "decode_steps_total",
     "busy_s",
+    "preempted_total",
+    "guessed_tokens_total",
+    "right_guesses_total",
 )
 
 

@@ -375,22 +375,30 @@ class Context(Handle):
         """Forget positions [start, end) of a sequence; -1 means to its end."""
         native.llama_memory_seq_rm(self.memory, sequence, start, end)
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Let `target` begin with the first `length` tokens of `source`, and hold nothing else."""
-        if self.unified:
-            self.remove(target)
-            native.llama_memory_seq_cp(self.memory, source, target, 0, length)
-        else:  # llama.cpp copies whole streams only
-            native.llama_memory_seq_cp(self.memory, source, target, -1, -1)
-            self.remove(target, length)
+    def share(self, source: int, target: int, length: int) -> None:
+        """Unified memory: let `target` hold the cells of the first `length` tokens of `source`, only these.
 
-    @property
-    def n_copy_min(self) -> int:
-        """Tokens from which on a copy costs less than computing them: it moves a whole stream's memory.
-
-        Measured: 25 ms for 4,096 cells of a 135M model, which computes about 8 tokens in that time.
+        Between streams llama.cpp copies all cells, and not before the next decode, when they may hold
+        something else already: use `save` and `restore` there.
         """
-        return 1 if self.unified else max(16, self.n_ctx_seq // 128)
+        assert self.unified
+        self.remove(target)
+        native.llama_memory_seq_cp(self.memory, source, target, 0, length)
+
+    def save(self, sequence: int) -> np.ndarray:
+        """All that a sequence has computed, as bytes in host memory; empty when llama.cpp cannot."""
+        size = native.llama_state_seq_get_size(self.pointer, sequence)  # pyright: ignore[reportArgumentType]
+        data = np.empty(size, np.uint8)
+        count = native.llama_state_seq_get_data(self.pointer, _bytes_pointer(data), size, sequence)  # pyright: ignore[reportArgumentType]
+        return data[:count]
+
+    def restore(self, sequence: int, data: np.ndarray) -> bool:
+        """Let a sequence hold what `save` gave and nothing else; if False, it holds nothing at all."""
+        count = native.llama_state_seq_set_data(self.pointer, _bytes_pointer(data), len(data), sequence)  # pyright: ignore[reportArgumentType]
+        if count == 0 or count != len(data):
+            self.remove(sequence)
+            return False
+        return True
 
     def length(self, sequence: int) -> int:
         """Tokens that a sequence holds."""
@@ -480,6 +488,10 @@ class Batch:
     def close(self) -> None:
         """Free it; the arrays over it are not to be touched again."""
         native.llama_batch_free(self.native)
+
+
+def _bytes_pointer(data: np.ndarray) -> Any:
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def default_threads() -> int:

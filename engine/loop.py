@@ -1,79 +1,90 @@
-"""The owner of a context: schedule -> decode -> sample -> emit, one call at a time.
+"""The owner of a context: schedule -> decode -> choose -> emit, one call at a time.
 
 Synchronous and single-threaded; the worker process drives it for the server, quantize/ drives it in process.
 What goes wrong with one sequence fails that sequence and no other.
 """
 
+import hashlib
 import time
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Sequence as Items
 
-from engine.llama import Context, DecodeFailed, Model
+import numpy as np
+
+from engine.figures import Figures
+from engine.holdings import Costs
+from engine.llama import Adapter, Context, DecodeFailed, Model
+from engine.pace import MAX_GUESSES, Luck, Pace
 from engine.request import (
     ContextOverflow,
-    Delta,
-    Done,
     EngineError,
     EngineStats,
     Event,
-    FinishReason,
     GenerationRequest,
     InvalidRequest,
     QueueFull,
-    TokenLogprob,
 )
-from engine.sampling import Sampler, logprobs
-from engine.scheduler import Chunk, Scheduler, Sequence
-from engine.text import Decoder, StopStrings
+from engine.sampling import Sampler
+from engine.scheduler import Scheduler
+from engine.sequence import Action, Begin, Chunk, Drop, Plan, Save, Sequence
+from engine.stash import Demote, Discard, State
+from engine.states import States
+from engine.text import StopStrings
+from engine.writing import Progress, Writing
 
 Output = tuple[Hashable, Event | EngineError]
-
-
-@dataclass(eq=False, slots=True)
-class _Writing:
-    """What belongs to one request beside its scheduling."""
-
-    request: GenerationRequest
-    sequence: Sequence
-    sampler: Sampler
-    stops: StopStrings
-    decoder: Decoder = field(default_factory=Decoder)
-    n_completion: int = 0
-    admitted_s: float = 0.0
-    first_s: float = 0.0
-
-
-@dataclass(slots=True)
-class _Counters:
-    requests_total: int = 0
-    cancelled_total: int = 0
-    failed_total: int = 0
-    prompt_tokens_total: int = 0
-    cached_tokens_total: int = 0
-    completion_tokens_total: int = 0
-    decode_steps_total: int = 0
-    busy_s: float = 0.0
+Scaled = tuple[Adapter, float]
 
 
 class Loop:
     """Requests in by `submit`, outputs out of `step`, until `idle`."""
 
     def __init__(
-        self, model: Model, context: Context, *, n_ctx: int, n_parallel: int, max_queue: int | None = None
+        self,
+        model: Model,
+        context: Context,
+        *,
+        n_ctx: int,
+        n_parallel: int,
+        max_queue: int | None = None,
+        pace: Pace | None = None,
+        guesses: int = 0,
+        ram_bytes: int = 0,
+        disk_bytes: int = 0,
+        states: States | None = None,
+        token_bytes: int = 1,
+        applied: Items[Scaled] = (),
+        adapters: Mapping[str, Adapter] | None = None,
     ) -> None:
+        """`guesses`: logits that a call may have beside one a sequence, for tokens that are guessed ahead.
+
+        `applied`: adapters that every request uses; `adapters`: those that a request may name.
+        """
         self.model = model
         self.context = context
         self.n_ctx = n_ctx
         self.max_queue = max_queue
-        self.counters = _Counters()
+        self.figures = Figures()
+        self.pace = pace or Pace()
+        self.luck = Luck(self.pace)
+        self.guesses = guesses if context.can_share_prefixes else 0
+        self.states = states or States()
         self.scheduler = Scheduler(
             n_slots=n_parallel,
             n_batch=context.n_batch,
+            n_cells=context.n_ctx if context.unified else None,
             share_prefixes=context.can_share_prefixes,
             n_window=context.n_window,
-            n_copy_min=context.n_copy_min,
+            costs=Costs(copy=0 if context.unified else 16),
+            ram_bytes=ram_bytes,
+            disk_bytes=disk_bytes,
+            token_bytes=token_bytes,
         )
-        self._writing: dict[Hashable, _Writing] = {}
+        self._writing: dict[Hashable, Writing] = {}
+        self._applied = list(applied)
+        self._adapters = dict(adapters or {})
+        self._in_use: Hashable = ()
+        self._act(self.scheduler.adopt(self.states.found()))
 
     @property
     def idle(self) -> bool:
@@ -87,58 +98,70 @@ class Loop:
     def submit(self, id: Hashable, request: GenerationRequest) -> None:
         """Queue a request. Raises InvalidRequest, ContextOverflow or QueueFull; nothing is queued then."""
         request.validate()
+        self._check_adapters(request)
         prompt = self._tokens(request)
         room = self.n_ctx - len(prompt)
         if room < 1:
             raise ContextOverflow(len(prompt), self.n_ctx)
         if self.max_queue is not None and self.scheduler.n_waiting_with(1) > self.max_queue:
-            raise QueueFull(len(self.scheduler.waiting), retry_after_s=self._wait_s())
+            raise QueueFull(len(self.scheduler.queue), retry_after_s=self._wait_s())
         sampler = Sampler(self.context, request.sampling, prompt=prompt, ignore_eos=request.ignore_eos)
-        sequence = Sequence(id, prompt, min(room, request.max_tokens or room))
-        self._writing[id] = _Writing(request, sequence, sampler, StopStrings(request.stop))
+        sequence = Sequence(
+            id,
+            prompt,
+            min(room, request.max_tokens or room),
+            tenant=request.tenant,
+            namespace=_namespace(request),
+            adapters=request.adapters,
+        )
+        self._writing[id] = Writing(request, sequence, sampler, StopStrings(request.stop))
         self.scheduler.add(sequence)
-        self.counters.requests_total += 1
+        self.figures.counters.requests_total += 1
 
     def cancel(self, id: Hashable) -> None:
         """End a request at once, before the next call; an unknown or finished one is left alone."""
         writing = self._writing.get(id)
         if writing is not None:
-            self.counters.cancelled_total += 1
+            self.figures.counters.cancelled_total += 1
             self._end(writing)
 
     def step(self) -> list[Output]:
-        """Admit, decode once, sample; everything that this gave, in slot order."""
+        """Admit, decode once, choose; everything that this gave, in slot order."""
         started = time.perf_counter()
-        for admission in self.scheduler.admit():
-            self._place(admission.sequence, admission.source, admission.length, started)
-        plan = self.scheduler.plan()
-        if not plan:
+        self._act(self.scheduler.admit(), started)
+        running = self.scheduler.running
+        writing = [each for each in running if each.is_writing]
+        drafts = self._guess(writing) if self.guesses and writing else None
+        plan = self.scheduler.plan(n_prompt=self.pace.n_prompt(len(writing)), drafts=drafts)
+        self._act(plan.actions, started)
+        if not plan.chunks:
             return []
-        outputs = self._decode(plan)
-        self.counters.decode_steps_total += 1
-        self.counters.busy_s += time.perf_counter() - started
+        self._use(plan.adapters)
+        outputs = self._decode(plan.chunks)
+        seconds = time.perf_counter() - started
+        self._learn(plan, seconds)
+        self.figures.counters.decode_steps_total += 1
+        self.figures.counters.busy_s += seconds
         return outputs
 
     def stats(self) -> EngineStats:
         """A snapshot; counters since this loop was made."""
-        running = self.scheduler.running
-        used = sum(sequence.n_computed for sequence in running)
-        held = sum(len(slot.tokens) for slot in self.scheduler.slots)
-        counters = {name: getattr(self.counters, name) for name in _Counters.__dataclass_fields__}
-        return EngineStats(
-            running=len(running),
-            waiting=len(self.scheduler.waiting),
-            n_slots=len(self.scheduler.slots),
-            kv_cells_total=self.context.n_ctx,
-            kv_cells_used=used,
-            kv_cells_cached=held - used,
-            **counters,
-        )
+        return self.figures.snapshot(self.scheduler, self.context, self.luck)
 
     def close(self) -> None:
-        """Free the samplers of requests that are still there."""
+        """Free the samplers of requests that are still there; prefixes go to disk within its budget."""
         for writing in list(self._writing.values()):
             self._end(writing)
+        self._act(self.scheduler.retire())
+
+    def check_tokens(self, tokens: Iterable[int], *, field: str) -> None:
+        """Raise InvalidRequest for a token that the vocabulary does not have; native code would abort."""
+        last = self.model.n_vocab - 1
+        for token in tokens:
+            if not 0 <= token <= last:
+                raise InvalidRequest(f"{field} holds {token}; this vocabulary ends at {last}", field=field)
+
+    # Requests
 
     def _tokens(self, request: GenerationRequest) -> tuple[int, ...]:
         if isinstance(request.prompt, str):
@@ -151,122 +174,197 @@ class Loop:
         self.check_tokens(request.prompt, field="prompt")
         return tuple(request.prompt)
 
-    def check_tokens(self, tokens: Iterable[int], *, field: str) -> None:
-        """Raise InvalidRequest for a token that the vocabulary does not have; native code would abort."""
-        last = self.model.n_vocab - 1
-        for token in tokens:
-            if not 0 <= token <= last:
-                raise InvalidRequest(f"{field} holds {token}; this vocabulary ends at {last}", field=field)
+    def _check_adapters(self, request: GenerationRequest) -> None:
+        for name, _ in request.adapters:
+            if name not in self._adapters:
+                known = ", ".join(self._adapters) or "none"
+                raise InvalidRequest(f"adapter {name!r} is not loaded; there are: {known}", field="adapters")
 
     def _wait_s(self) -> float:
         """A guess at when a place is free: the time of work that a finished request took, on average."""
-        finished = max(1, self.counters.requests_total - len(self._writing))
-        return min(60.0, max(1.0, self.counters.busy_s / finished))
+        counters = self.figures.counters
+        finished = max(1, counters.requests_total - len(self._writing))
+        return min(60.0, max(1.0, counters.busy_s / finished))
 
-    def _place(self, sequence: Sequence, source: int, length: int, now_s: float) -> None:
-        """Bring the KV memory of a slot to what the scheduler decided."""
-        assert sequence.slot is not None
-        if source != sequence.slot:
-            self.context.copy(source, sequence.slot, length)
+    # Native memory
+
+    def _act(self, actions: Iterable[Action], now_s: float = 0.0) -> None:
+        """Bring the KV memory and the saved states to what the scheduler decided."""
+        saved: tuple[int, np.ndarray] | None = None  # what was last read of a slot, for several who copy it
+        for action in actions:
+            match action:
+                case Begin(sequence, slot, source, length):
+                    if isinstance(source, int) and source != slot and not self.context.unified:
+                        if saved is None or saved[0] != source:
+                            saved = source, self.context.save(source)
+                        self._bring(slot, saved[1], length)
+                    else:
+                        self._begin(slot, source, length)
+                    if saved is not None and saved[0] == slot:
+                        saved = None
+                    self._begun(sequence, slot, length, now_s)
+                case Save(slot, state):
+                    self.states.keep(state, self.context.save(slot))
+                case Drop(slot):
+                    self.context.remove(slot)
+                    saved = None if saved is not None and saved[0] == slot else saved
+                case Demote(state):
+                    self.states.demote(state)
+                case Discard(state):
+                    self.states.discard(state)
+
+    def _begin(self, slot: int, source: int | State | None, length: int) -> None:
+        if isinstance(source, State):
+            self._bring(slot, self.states.read(source), length)
+        elif source is None:
+            self.context.remove(slot)
+        elif source == slot:
+            self.context.remove(slot, length)
         else:
-            self.context.remove(sequence.slot, length)
-        writing = self._writing[sequence.id]
-        writing.admitted_s = writing.admitted_s or now_s
+            self.context.share(source, slot, length)
 
-    def _decode(self, plan: list[Chunk]) -> list[Output]:
+    def _bring(self, slot: int, data: np.ndarray | None, length: int) -> None:
+        """Restore a slot from bytes, if there are any and llama.cpp can."""
+        if data is not None and self.context.restore(slot, data):
+            self.context.remove(slot, length)
+
+    def _begun(self, sequence: Sequence, slot: int, length: int, now_s: float) -> None:
+        """What could not be brought (a damaged file, say), the sequence computes itself."""
+        if sequence.slot == slot and self.context.length(slot) != length:
+            self._act(self.scheduler.lost(sequence))
+        writing = self._writing.get(sequence.id)
+        if writing is not None:
+            writing.admitted_s = writing.admitted_s or now_s
+
+    def _use(self, adapters: Hashable) -> None:
+        """Apply the adapters of the next call's sequences."""
+        if adapters == self._in_use:
+            return
+        assert isinstance(adapters, tuple)
+        self.context.apply([*self._applied, *((self._adapters[name], scale) for name, scale in adapters)])
+        self._in_use = adapters
+
+    # A call
+
+    def _guess(self, writing: list[Sequence]) -> dict[Sequence, list[int]]:
+        """Tokens worth checking along with each writing sequence's own."""
+        guesses: dict[Hashable, list[int]] = {}
+        for sequence in writing:
+            found = self._writing[sequence.id].lookup.guess(sequence.tokens, MAX_GUESSES)
+            if found:
+                guesses[sequence] = found
+        if not guesses:
+            return {}
+        counts = self.luck.worthwhile(guesses, len(writing))
+        left = self.guesses
+        drafts: dict[Sequence, list[int]] = {}
+        for sequence in writing:
+            count = min(left, counts.get(sequence, 0))
+            if count:
+                drafts[sequence] = guesses[sequence][:count]
+                left -= count
+        return drafts
+
+    def _learn(self, plan: Plan, seconds: float) -> None:
+        n_writing = sum(len(chunk.tokens) for chunk in plan.chunks if chunk.is_writing)
+        n_prompt = sum(len(chunk.tokens) for chunk in plan.chunks) - n_writing
+        self.pace.learn(n_writing=n_writing, n_prompt=n_prompt, seconds=seconds)
+
+    def _decode(self, chunks: list[Chunk]) -> list[Output]:
         batch = self.context.batch
         batch.clear()
-        last = [self._fill(chunk) for chunk in plan]
+        last = [self._fill(chunk) for chunk in chunks]
         try:
             self.context.decode()
         except DecodeFailed as error:
-            return self._isolate(plan, error)
+            return self._isolate(chunks, error)
         outputs: list[Output] = []
-        for chunk, index in zip(plan, last, strict=True):
-            self.scheduler.computed(chunk)
+        for chunk, index in zip(chunks, last, strict=True):
             if chunk.samples:
-                outputs += self._advance(self._writing[chunk.sequence.id], index)
+                outputs += self._advance(self._writing[chunk.sequence.id], chunk, index)
+            else:
+                self.scheduler.computed(chunk)
         return outputs
 
     def _fill(self, chunk: Chunk) -> int:
         """Put a chunk into the batch; the index of its last token."""
-        assert chunk.sequence.slot is not None
-        return self.context.batch.extend(
-            chunk.tokens, start=chunk.start, sequence=chunk.sequence.slot, output=chunk.samples
-        )
+        slot = chunk.sequence.slot
+        assert slot is not None
+        batch = self.context.batch
+        last = batch.extend(chunk.tokens, start=chunk.start, sequence=slot, output=chunk.samples)
+        if chunk.n_draft:
+            batch.want(np.arange(last - chunk.n_draft, last))
+        return last
 
-    def _isolate(self, plan: list[Chunk], error: DecodeFailed) -> list[Output]:
+    def _isolate(self, chunks: list[Chunk], error: DecodeFailed) -> list[Output]:
         """A call failed: run its parts one by one, so that only the guilty sequences fail."""
-        if len(plan) == 1:
-            writing = self._writing[plan[0].sequence.id]
+        if len(chunks) == 1:
+            writing = self._writing[chunks[0].sequence.id]
             self._fail(writing)
             return [(writing.sequence.id, error)]
         outputs: list[Output] = []
-        for chunk in plan:
+        for chunk in chunks:
             assert chunk.sequence.slot is not None
             self.context.remove(chunk.sequence.slot, chunk.start)  # what the failed call may have left
-        for chunk in plan:
+        for chunk in chunks:
             outputs += self._decode([chunk])
         return outputs
 
-    def _advance(self, writing: _Writing, index: int) -> list[Output]:
-        """Sample one token of a sequence and say what became of it."""
-        sequence = writing.sequence
+    def _advance(self, writing: Writing, chunk: Chunk, index: int) -> list[Output]:
+        """Choose the tokens that a call allows a sequence, and say what became of it."""
+        sequence, before_s = writing.sequence, writing.last_s
         try:
-            token = writing.sampler.sample(index)
-            detail = self._logprobs(writing, index, token)
+            progress = writing.choose(self.context, chunk, index)
         except EngineError as error:
             self._fail(writing)
             return [(sequence.id, error)]
-        if writing.n_completion == 0:
-            writing.first_s = time.perf_counter()
-        writing.n_completion += 1
-        goes_on = self.scheduler.wrote(sequence, token)
-        if self.model.is_eog(token):
-            return self._finish(writing, "stop", stop_token=token)
-        text = writing.stops.step(writing.decoder.step(self.model.written(token)))
-        delta = (sequence.id, Delta(text, (token,), detail))
-        if writing.stops.found is not None:
-            return [delta, *self._finish(writing, "stop")]
-        return [delta] if goes_on else [delta, *self._finish(writing, "length")]
+        if before_s:
+            self.figures.waited(writing.last_s - before_s)
+        self._keep(chunk, progress)
+        outputs: list[Output] = []
+        if progress.delta is not None:
+            outputs.append((sequence.id, progress.delta))
+        if progress.ending is not None:
+            held, done = writing.done(progress.ending)
+            self._end(writing)
+            outputs += [(sequence.id, held)] if held is not None else []
+            outputs.append((sequence.id, done))
+        return outputs
 
-    def _logprobs(self, writing: _Writing, index: int, token: int) -> tuple[TokenLogprob, ...]:
-        wanted = writing.request.logprobs
-        return () if wanted is None else (logprobs(self.context, index, token, n_top=wanted),)
+    def _keep(self, chunk: Chunk, progress: Progress) -> None:
+        """Record what was computed and written; forget the cells of guesses that were wrong."""
+        sequence = chunk.sequence
+        n_kept = len(chunk.tokens) - chunk.n_draft + progress.n_right
+        self.scheduler.computed(chunk, n_kept)
+        for token in progress.tokens:
+            self.scheduler.wrote(sequence, token)
+        if chunk.n_draft:
+            assert sequence.slot is not None
+            self.luck.learn(sequence, n_guesses=chunk.n_draft, n_right=progress.n_right)
+            if n_kept < len(chunk.tokens):
+                self.context.remove(sequence.slot, chunk.start + n_kept)
 
-    def _finish(
-        self, writing: _Writing, reason: FinishReason, *, stop_token: int | None = None
-    ) -> list[Output]:
-        """The last outputs of a request: text that was held back, and Done."""
-        sequence, now = writing.sequence, time.perf_counter()
-        held = writing.stops.flush()
-        done = Done(
-            reason,
-            n_prompt_tokens=len(sequence.prompt),
-            n_completion_tokens=writing.n_completion,
-            n_cached_tokens=sequence.n_cached,
-            stop_string=writing.stops.found,
-            stop_token=stop_token,
-            prefill_s=writing.first_s - writing.admitted_s,
-            decode_s=now - writing.first_s,
-        )
-        self._end(writing)
-        tail: list[Output] = [(sequence.id, Delta(held, ()))] if held else []
-        return [*tail, (sequence.id, done)]
-
-    def _fail(self, writing: _Writing) -> None:
-        self.counters.failed_total += 1
-        slot = writing.sequence.slot
+    def _fail(self, writing: Writing) -> None:
+        self.figures.counters.failed_total += 1
         self._end(writing, forget=True)
-        if slot is not None:
-            self.context.remove(slot)
 
-    def _end(self, writing: _Writing, *, forget: bool = False) -> None:
+    def _end(self, writing: Writing, *, forget: bool = False) -> None:
         """Free a request's slot and samplers; the slot keeps its computed tokens for later prefixes."""
-        sequence = writing.sequence
-        self.counters.prompt_tokens_total += len(sequence.prompt)
-        self.counters.cached_tokens_total += sequence.n_cached
-        self.counters.completion_tokens_total += writing.n_completion
+        sequence, counters = writing.sequence, self.figures.counters
+        counters.prompt_tokens_total += len(sequence.prompt)
+        counters.cached_tokens_total += sequence.n_cached or 0
+        counters.completion_tokens_total += sequence.n_written
         del self._writing[sequence.id]
-        self.scheduler.release(sequence, forget=forget)
-        writing.sampler.close()
+        self.luck.forget(sequence)
+        self._act(self.scheduler.release(sequence, forget=forget))
+        writing.close()
+
+
+def _namespace(request: GenerationRequest) -> str:
+    """Requests that may share prefixes have the same: of one salt and one set of adapters.
+
+    Hashed, since it is also in the files of states on disk.
+    """
+    if not request.cache_salt and not request.adapters:
+        return ""
+    return hashlib.blake2b(repr((request.cache_salt, request.adapters)).encode(), digest_size=16).hexdigest()

@@ -356,6 +356,16 @@ class EngineStats:
     completion_tokens_total: int = 0
     decode_steps_total: int = 0  # llama_decode calls
     busy_s: float = 0.0  # time spent in steps
+    kv_cells_shared: int = 0  # held by more than one sequence (unified memory)
+    cache_ram_bytes: int = 0  # of states saved outside of the KV memory
+    cache_disk_bytes: int = 0
+    cache_states: int = 0
+    preempted_total: int = 0  # times that a sequence made way for another
+    guessed_tokens_total: int = 0
+    right_guesses_total: int = 0
+    stall_p50_ms: float = 0.0  # between two tokens of a stream, of the latest 2,048
+    stall_p99_ms: float = 0.0
+    stall_max_ms: float = 0.0
     restarts_total: int = 0
 
 

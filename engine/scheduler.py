@@ -2,249 +2,258 @@
 
 Pure bookkeeping: no C calls, no text, no clock. The loop asks, the scheduler answers.
 
-A slot is one sequence id of the KV memory, a stream of n_ctx cells. It holds the tokens whose cells are
-computed, also after its request has ended, so that a later request can go on from them or copy them. Memory
-can never run out: no sequence grows past n_ctx.
+A slot is one sequence id of the KV memory. It holds the tokens whose cells are computed, also after its
+request has ended, so that a later request can go on from them or copy them (holdings.py).
 
-The policy: requests are admitted in order of arrival, each running sequence gets its one token in every
-call, and the rest of the call is filled with the oldest prompts. While others are decoding, the prompt
-tokens of a call are at most `n_shared_chunk`, so that a long prompt slows their streams but never stops them.
-Of prompts that begin alike, the oldest computes the common part; the others wait for it and copy its cells,
-where that is worth it.
+The policy, in the order of the code:
+- Who goes first is the fair queue's to say (fairness.py). Without a free slot, a sequence of lower priority,
+  or of a tenant that runs more than its share, makes way: its cells are saved, and it goes on later from the
+  same token.
+- A sequence begins with the longest prefix that anybody holds, busy or idle, less what bringing it costs. Of
+  prompts that begin alike, the oldest computes the common part; the others wait for it and share its cells.
+- Each writing sequence gets its one token in every call, and guesses behind it when it has some; the rest of
+  the call is filled with prompts, up to the size that the loop allows while others are writing.
+- Sequences with other LoRA adapters cannot be in one call: sets of adapters take turns.
+- In a unified memory cells can run out: idle slots are dropped first, then the youngest sequence makes way.
+  One sequence alone always fits, so that somebody always goes on.
 """
 
-from collections import deque
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Mapping
 
-from engine.prefix import Match, common_prefix, longest_match
+from engine.fairness import FairQueue
+from engine.holdings import Costs, Holdings, Source
+from engine.prefix import common_prefix
+from engine.sequence import Action, Chunk, Plan, Sequence, Slot
+from engine.stash import State
 
 MIN_SHARED = 32  # tokens worth waiting for until another sequence has computed them
-
-
-@dataclass(eq=False, slots=True)
-class Sequence:
-    """One request on its way: its prompt, what it wrote, and how far its cells are computed."""
-
-    id: Hashable
-    prompt: tuple[int, ...]
-    max_tokens: int  # new tokens, at least 1; prompt and new tokens together fit n_ctx
-    written: list[int] = field(default_factory=list)
-    n_computed: int = 0  # tokens of prompt + written that have cells
-    n_cached: int = 0  # of the prompt, found in the cache at admission
-    slot: int | None = None
-    leader: "Sequence | None" = None  # computes the first n_shared tokens of this prompt
-    n_shared: int = 0
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.prompt) + len(self.written)
-
-    @property
-    def is_decoding(self) -> bool:
-        return bool(self.written)
-
-    def pending(self, limit: int) -> list[int]:
-        """The next tokens without cells, at most `limit`."""
-        if self.written:
-            return [self.written[-1]]
-        return list(self.prompt[self.n_computed : self.n_computed + limit])
-
-
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """Begin a sequence's slot with `length` tokens of slot `source`, and forget all else it holds."""
-
-    sequence: Sequence
-    source: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens of one sequence for the next call; the last one's logits are needed if `samples`."""
-
-    sequence: Sequence
-    tokens: list[int]
-    start: int  # position of the first
-    samples: bool
-
-
-@dataclass(slots=True)
-class Slot:
-    """What one sequence id of the KV memory holds."""
-
-    tokens: list[int] = field(default_factory=list)
-    sequence: Sequence | None = None
-    last_used: int = 0
+MIN_MOVED = 16  # tokens worth saving when a sequence makes way
+GROWTH = 16  # tokens that each running sequence may be expected to write before another one ends
 
 
 class Scheduler:
-    """Waiting requests, running sequences and what the slots remember."""
+    """Waiting requests, running sequences, and what slots and saved states remember."""
 
     def __init__(
         self,
         *,
         n_slots: int,
         n_batch: int,
-        n_shared_chunk: int | None = None,
+        n_cells: int | None = None,
         share_prefixes: bool = True,
         n_window: int = 0,
-        n_copy_min: int = 1,
+        costs: Costs | None = None,
+        ram_bytes: int = 0,
+        disk_bytes: int = 0,
+        token_bytes: int = 1,
     ) -> None:
-        """`n_copy_min`: tokens from which on taking a prefix from another slot is worth its copy.
+        """`n_cells`: of a unified memory, at least what one sequence can need; None: each slot has its own.
 
         `n_window`: the tokens that attention looks back on in some layers; 0 for all. Cells that a
         sequence's window has left behind may be overwritten, so that only what reaches to the end of a
-        slot, or a slot shorter than the window, can be shared.
+        holder, or a holder shorter than the window, can be shared. `ram_bytes`, `disk_bytes`: budgets of
+        saved states, `token_bytes`: what a token of theirs takes.
         """
         self.n_batch = n_batch
-        self.n_shared_chunk = n_shared_chunk or max(1, n_batch // 4)
-        self.share_prefixes = share_prefixes
-        self.n_window = n_window
-        self.n_copy_min = n_copy_min
-        self.waiting: deque[Sequence] = deque()
-        self.slots = [Slot() for _ in range(n_slots)]
-        self._turn = 0
+        self.queue: FairQueue[Sequence] = FairQueue()
+        self.held = Holdings(
+            n_slots=n_slots,
+            n_cells=n_cells,
+            share_prefixes=share_prefixes,
+            n_window=n_window,
+            costs=costs or Costs(),
+            ram_bytes=ram_bytes,
+            disk_bytes=disk_bytes,
+            token_bytes=token_bytes,
+        )
+        self.n_preempted = 0
+        self._turns: dict[Hashable, int] = {}  # of adapters: when they were decoded last
+
+    # What there is
+
+    @property
+    def slots(self) -> list[Slot]:
+        return self.held.slots
 
     @property
     def running(self) -> list[Sequence]:
         """Admitted sequences, in slot order, which stays the same from call to call."""
-        return [slot.sequence for slot in self.slots if slot.sequence is not None]
+        return [slot.sequence for slot in self.held.slots if slot.sequence is not None]
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self.waiting and not self.running
+        return not self.running and not len(self.queue)
 
     @property
     def only_writes(self) -> bool:
         """Whether every sequence that can be in the next call is past its prompt."""
-        slots = self.slots
-        if self.waiting and any(slot.sequence is None for slot in slots):
+        if len(self.queue) and any(slot.sequence is None for slot in self.slots):
             return False
-        return all(slot.sequence is None or slot.sequence.written for slot in slots)
+        return all(slot.sequence is None or slot.sequence.is_writing for slot in self.slots)
 
     def n_waiting_with(self, more: int) -> int:
         """Requests that would wait for a slot at the next call if `more` came."""
         free = sum(slot.sequence is None for slot in self.slots)
-        return max(0, len(self.waiting) + more - free)
+        return max(0, len(self.queue) + more - free)
+
+    # Requests come and go
 
     def add(self, sequence: Sequence) -> None:
         """Queue a request."""
-        self.waiting.append(sequence)
+        self.queue.add(sequence)
 
-    def admit(self) -> list[Admission]:
-        """Let followers have what was computed for them, and give free slots to waiting requests in order."""
-        admissions: list[Admission] = []
-        if any(slot.sequence is not None and slot.sequence.leader for slot in self.slots):
-            admissions += [
-                self._join(each) for each in self._by_age() if each.leader and self._may_join(each)
-            ]
-        while self.waiting and any(slot.sequence is None for slot in self.slots):
-            admissions.append(self._place(self.waiting.popleft()))
-        return admissions
+    def adopt(self, states: Iterable[State]) -> list[Action]:
+        """Know states that an earlier process left on disk."""
+        return self.held.adopt(states)
 
-    def plan(self) -> list[Chunk]:
-        """The next call: one token of every decoding sequence, then prompt chunks up to the call's size."""
-        running = self.running
-        chunks = [self._chunk(sequence, 1) for sequence in running if sequence.is_decoding]
-        room = self.n_batch - len(chunks)
-        if len(chunks) == len(running):
-            return chunks
-        if chunks:
-            room = min(room, self.n_shared_chunk)
-        for sequence in self._by_age():
-            if room <= 0:
-                break
-            if sequence.is_decoding or sequence.leader:
-                continue
-            chunk = self._chunk(sequence, room)
-            chunks.append(chunk)
-            room -= len(chunk.tokens)
-        return chunks
+    def retire(self) -> list[Action]:
+        """The end of all: what is worth it goes to disk."""
+        return self.held.retire()
 
-    def computed(self, chunk: Chunk) -> None:
-        """A chunk of the plan was decoded: its tokens have cells now."""
+    def release(self, sequence: Sequence, *, forget: bool = False) -> list[Action]:
+        """End a sequence, running or waiting; its slot keeps the computed tokens unless `forget`."""
+        actions: list[Action] = []
+        if sequence.state is not None:  # others may still begin with it
+            sequence.state.pinned, sequence.state = False, None
+        if sequence.slot is None:
+            self.queue.remove(sequence)
+            return actions
+        index, sequence.slot = sequence.slot, None
+        self.slots[index].sequence = None
+        self.queue.ended(sequence)
+        if forget or not self.held.share_prefixes:
+            self.held.drop(index, actions)
+        return actions
+
+    def computed(self, chunk: Chunk, n_kept: int | None = None) -> None:
+        """A chunk of the plan was decoded; its first `n_kept` tokens have cells now (None: all)."""
         sequence = chunk.sequence
-        sequence.n_computed += len(chunk.tokens)
-        self._slot(sequence).tokens.extend(chunk.tokens)
+        tokens = chunk.tokens if n_kept is None else chunk.tokens[:n_kept]
+        assert sequence.slot is not None
+        sequence.n_computed += len(tokens)
+        self.held.append(sequence.slot, tokens, sequence.namespace)
+        self.queue.charge(sequence, len(tokens))
 
     def wrote(self, sequence: Sequence, token: int) -> bool:
-        """A token was sampled; returns whether the sequence may write another."""
-        sequence.written.append(token)
-        return len(sequence.written) < sequence.max_tokens
+        """A token was chosen; returns whether the sequence may write another."""
+        sequence.tokens.append(token)
+        return sequence.n_written < sequence.max_tokens
 
-    def release(self, sequence: Sequence, *, forget: bool = False) -> None:
-        """End a sequence, running or waiting; its slot keeps the computed tokens unless `forget`."""
-        if sequence.slot is None:
-            self.waiting.remove(sequence)
-            return
-        slot = self._slot(sequence)
-        slot.sequence = None
-        sequence.slot = None
-        if forget or not self.share_prefixes:
-            slot.tokens.clear()
-
-    def _slot(self, sequence: Sequence) -> Slot:
+    def lost(self, sequence: Sequence) -> list[Action]:
+        """What a sequence should have begun with did not come: all is to be computed."""
         assert sequence.slot is not None
-        return self.slots[sequence.slot]
+        actions: list[Action] = []
+        self.held.drop(sequence.slot, actions)
+        sequence.n_computed = 0
+        if not sequence.n_written:
+            sequence.n_cached = 0
+        return actions
 
-    def _by_age(self) -> list[Sequence]:
-        """Running sequences, the first admitted first."""
-        return sorted(self.running, key=lambda sequence: self._slot(sequence).last_used)
+    # Who runs
 
-    def _chunk(self, sequence: Sequence, limit: int) -> Chunk:
-        tokens = sequence.pending(limit)
-        reaches_end = sequence.n_computed + len(tokens) == sequence.n_tokens
-        return Chunk(sequence, tokens, sequence.n_computed, reaches_end)
+    def admit(self) -> list[Action]:
+        """Let followers have what was computed for them, and give slots to waiting requests in fair order."""
+        actions: list[Action] = []
+        if any(slot.sequence is not None and slot.sequence.leader for slot in self.slots):
+            for each in self._by_age():
+                if each.leader and self._may_join(each):
+                    self._join(each, actions)
+        while (sequence := self._next(actions)) is not None:
+            if not self._place(sequence, actions):
+                break
+        return actions
 
-    def _place(self, sequence: Sequence) -> Admission:
-        """Choose the slot: the idle one that holds the match, else the one whose tokens are worth least."""
-        free = [index for index, slot in enumerate(self.slots) if slot.sequence is None]
-        match = self._match(sequence)
-        target = self._target(free, match)
-        if match and match.slot != target and match.length < self.n_copy_min:
-            match = None
-        self._turn += 1
-        slot = self.slots[target]
-        slot.sequence, slot.last_used, sequence.slot = sequence, self._turn, target
-        self._follow(sequence, match.length if match else 0)
-        return self._begin(sequence, match)
-
-    def _begin(self, sequence: Sequence, match: Match | None) -> Admission:
-        """Record that the slot holds what it shares, and nothing else."""
-        assert sequence.slot is not None
-        source, length = (match.slot, match.length) if match else (sequence.slot, 0)
-        self._slot(sequence).tokens = list(sequence.prompt[:length])
-        sequence.n_computed = sequence.n_cached = length
-        return Admission(sequence, source, length)
-
-    def _match(self, sequence: Sequence) -> Match | None:
-        """The longest prefix that a slot holds, less the prompt's last token: its logits are needed."""
-        if not self.share_prefixes:
+    def _next(self, actions: list[Action]) -> Sequence | None:
+        """The request that deserves a slot most, if there is one for it."""
+        if not len(self.queue):
             return None
-        held = {index: tuple(slot.tokens) for index, slot in enumerate(self.slots) if slot.tokens}
-        if self.n_window:
-            n_usable = len(sequence.prompt) - 1
-            held = {
-                index: tokens
-                for index, tokens in held.items()
-                if len(tokens) < self.n_window
-                or (len(tokens) <= n_usable and sequence.prompt[: len(tokens)] == tokens)
-            }
-        return longest_match(sequence.prompt[:-1], held)
+        ready = self.queue.ready()
+        if not ready:
+            return None
+        if any(slot.sequence is None for slot in self.slots):
+            return ready[0]
+        for candidate in ready:
+            victim = self._less_deserving(candidate)
+            if victim is not None:
+                self._preempt(victim, actions)
+                return candidate
+        return None
+
+    def _less_deserving(self, candidate: Sequence) -> Sequence | None:
+        """Who makes way for a request: lower priority, else a tenant that runs more than its share."""
+        running, queue, n_slots = self.running, self.queue, len(self.slots)
+        priority = candidate.tenant.priority
+        lower = [each for each in running if each.tenant.priority < priority]
+        if lower:
+            return max(lower, key=lambda each: (-each.tenant.priority, each.age))
+        if queue.n_running(candidate) + 1 > max(1.0, queue.share(candidate, n_slots)):
+            return None
+        over = [
+            each
+            for each in running
+            if each.tenant.priority == priority
+            and queue.n_running(each) > max(1.0, queue.share(each, n_slots))
+        ]
+        return max(over, key=lambda each: (queue.served(each), each.age), default=None)
+
+    def _preempt(self, sequence: Sequence, actions: list[Action]) -> None:
+        """Take a sequence's slot from it; it will go on from the same token."""
+        index = sequence.slot
+        assert index is not None
+        self.n_preempted += 1
+        if sequence.n_computed >= MIN_MOVED:
+            sequence.state = self.held.save(index, actions, pinned=True)
+        self.queue.add(sequence, first=True)
+        self.queue.ended(sequence)
+        self.slots[index].sequence, sequence.slot, sequence.leader = None, None, None
+        sequence.n_computed = 0
+        if not self.held.share_prefixes:
+            self.held.drop(index, actions)
+
+    # What it begins with
+
+    def _place(self, sequence: Sequence, actions: list[Action]) -> bool:
+        """Give a waiting sequence a slot and the best prefix there is; False when cells are short."""
+        source, length = self.held.source(sequence)
+        was_pinned = isinstance(source, State) and source.pinned
+        if isinstance(source, State):
+            source.pinned = True  # it must not give way to what gives way here
+        if fits := self._has_room(sequence, source, length, actions):
+            self.queue.started(sequence)
+            self.held.take(sequence, source, length, actions)
+            self._began(sequence, length)
+            self._follow(sequence, length)
+        if isinstance(source, State):
+            source.pinned = was_pinned
+        if fits and sequence.state is not None:
+            state, sequence.state = sequence.state, None
+            self.held.discard(state, actions)
+        return fits
+
+    def _has_room(self, sequence: Sequence, source: Source, length: int, actions: list[Action]) -> bool:
+        """Whether the sequence fits beside those that run, and they can go on for a while."""
+        n_running = len(self.running)
+        shared = length if isinstance(source, int) else 0
+        needed = len(sequence.tokens) - shared + GROWTH * n_running
+        return self.held.make_room(needed, actions, keep=source) or not n_running
+
+    def _began(self, sequence: Sequence, length: int) -> None:
+        sequence.n_computed = length
+        if sequence.n_cached is None or (sequence.state is None and not sequence.n_written):
+            sequence.n_cached = min(length, len(sequence.prompt))
 
     def _follow(self, sequence: Sequence, length: int) -> None:
         """Find an older prompt, still being computed, that will hold more of this one than `length`."""
-        sequence.leader, sequence.n_shared = None, length + max(MIN_SHARED, self.n_copy_min) - 1
-        if not self.share_prefixes or self.n_window:
+        sequence.leader = None
+        sequence.n_shared = length + max(MIN_SHARED - 1, self.held.costs.copy)
+        if not self.held.share_prefixes or self.held.n_window:
             return
         for older in self._by_age():
             if older is sequence:
                 return
-            if older.leader is None and not older.is_decoding:
-                shared = common_prefix(sequence.prompt[:-1], older.prompt)
+            if older.leader is None and not older.is_writing and older.namespace == sequence.namespace:
+                shared = common_prefix(older.tokens, sequence.tokens[:-1])
                 if shared > sequence.n_shared:
                     sequence.leader, sequence.n_shared = older, shared
 
@@ -253,18 +262,82 @@ class Scheduler:
         leader = sequence.leader
         return leader is not None and (leader.slot is None or leader.n_computed >= sequence.n_shared)
 
-    def _join(self, sequence: Sequence) -> Admission:
-        """Take what there is now if that is worth its copy, and look for the next leader."""
+    def _join(self, sequence: Sequence, actions: list[Action]) -> None:
+        """Take what another slot has now, if that is worth bringing, and look for the next leader."""
         assert sequence.slot is not None
-        match = self._match(sequence)
-        if match is None or match.length < sequence.n_computed + self.n_copy_min:
-            match = Match(sequence.slot, sequence.n_computed)
-        self._follow(sequence, match.length)
-        return self._begin(sequence, match)
+        source, length = self.held.source(sequence)
+        if not isinstance(source, int) or length <= sequence.n_computed + self.held.cost(source):
+            source, length = sequence.slot, sequence.n_computed
+        self.held.begin(sequence, source, length, actions)
+        self._began(sequence, length)
+        self._follow(sequence, length)
 
-    def _target(self, free: list[int], match: Match | None) -> int:
-        if match and match.slot in free and 2 * match.length >= len(self.slots[match.slot].tokens):
-            return match.slot  # most of what it holds is used again: no copy, nothing lost
-        empty = [index for index in free if not self.slots[index].tokens]
-        others = [index for index in free if match is None or index != match.slot] or free
-        return empty[0] if empty else min(others, key=lambda index: self.slots[index].last_used)
+    # The next call
+
+    def plan(
+        self, *, n_prompt: int | None = None, drafts: Mapping[Sequence, list[int]] | None = None
+    ) -> Plan:
+        """The next call; `n_prompt`: tokens of prompts that it may hold while somebody is writing."""
+        actions: list[Action] = []
+        group = self._with_cells(self._group(), actions)
+        cells = self.held.cells
+        room = self.n_batch if cells is None else min(self.n_batch, cells.n_free)
+        chunks = self._writers(group, room, drafts or {})
+        if len(chunks) < len(group):
+            room -= sum(len(chunk.tokens) for chunk in chunks)
+            self._add_prompts(chunks, group, min(room, n_prompt) if chunks and n_prompt else room)
+        return Plan(chunks, actions, group[0].adapters if group else ())
+
+    def _writers(self, group: list[Sequence], room: int, drafts: Mapping[Sequence, list[int]]) -> list[Chunk]:
+        """One token of every writing sequence, and behind it as many guesses as there is room for."""
+        writers = [each for each in group if each.is_writing]
+        spare = room - len(writers)
+        chunks = []
+        for each in writers:
+            guesses = drafts.get(each, [])[: max(0, min(spare, each.max_tokens - each.n_written - 1))]
+            spare -= len(guesses)
+            tokens = [each.tokens[-1], *guesses]
+            chunks.append(
+                Chunk(each, tokens, each.n_computed, samples=True, n_draft=len(guesses), is_writing=True)
+            )
+        return chunks
+
+    def _add_prompts(self, chunks: list[Chunk], group: list[Sequence], room: int) -> None:
+        """Fill the call with prompts: by priority, then of the tenant served least, then the oldest."""
+        served = self.queue.served
+        for each in sorted(group, key=lambda each: (-each.tenant.priority, served(each), each.age)):
+            if room <= 0:
+                return
+            if each.is_writing or each.leader:
+                continue
+            start = each.n_computed
+            tokens = each.tokens[start : start + room]
+            chunks.append(Chunk(each, tokens, start, samples=start + len(tokens) == len(each.tokens)))
+            room -= len(tokens)
+
+    def _group(self) -> list[Sequence]:
+        """Running sequences of one set of adapters: that which was decoded longest ago."""
+        running = self.running
+        if all(each.adapters == running[0].adapters for each in running):
+            self._turns.clear()
+            return running
+        sets = list(dict.fromkeys(each.adapters for each in running))
+        chosen = min(sets, key=lambda adapters: self._turns.get(adapters, 0))
+        self._turns = {each: self._turns.get(each, 0) for each in sets}
+        self._turns[chosen] = max(self._turns.values()) + 1
+        return [each for each in running if each.adapters == chosen]
+
+    def _with_cells(self, group: list[Sequence], actions: list[Action]) -> list[Sequence]:
+        """Let the youngest make way until the others' next tokens have cells; who is left of the group."""
+        while True:
+            n_writing = sum(each.is_writing for each in group)
+            if self.held.make_room(n_writing + (n_writing < len(group)), actions):
+                return group
+            victim = max(self.running, key=lambda each: (-each.tenant.priority, each.age))
+            assert len(self.running) > 1, "one sequence alone always fits"
+            self._preempt(victim, actions)
+            group = [each for each in group if each is not victim] or self._group()
+
+    def _by_age(self) -> list[Sequence]:
+        """Running sequences, the first admitted first."""
+        return sorted(self.running, key=lambda sequence: sequence.age)

@@ -108,7 +108,11 @@ def test_a_copied_prefix_serves_another_sequence(model, unified):
         context.batch.extend([*tokens[:-1], 5], start=0, sequence=0, output=False)
         context.batch.add(7, 0, 3, output=False)
         context.decode()
-        context.copy(0, 3, len(tokens) - 1)
+        if unified:
+            context.share(0, 3, len(tokens) - 1)
+        else:
+            assert context.restore(3, context.save(0))
+            context.remove(3, len(tokens) - 1)
         context.remove(0)
         assert (context.length(0), context.length(3)) == (0, len(tokens) - 1)
         context.batch.clear()
@@ -122,7 +126,8 @@ def test_a_busy_sequence_lends_its_prefix_and_goes_on(model, context):
     context.batch.clear()
     context.batch.extend(tokens, start=0, sequence=1, output=False)
     context.decode()
-    context.copy(1, 2, 6)
+    assert context.restore(2, context.save(1))
+    context.remove(2, 6)
     context.batch.clear()
     lent = context.batch.extend(tokens[6:], start=6, sequence=2, output=True)
     goes_on = context.batch.add(tokens[0], 8, 1, output=True)
@@ -130,6 +135,24 @@ def test_a_busy_sequence_lends_its_prefix_and_goes_on(model, context):
     logits = context.logits(lent).copy(), context.logits(goes_on).copy()
     assert np.abs(logits[0] - evaluate(context, tokens)[-1]).max() < 0.1
     assert np.abs(logits[1] - evaluate(context, [*tokens, tokens[0]])[-1]).max() < 0.1
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "header", "empty"])
+def test_a_damaged_state_is_refused_and_leaves_the_sequence_empty(model, context, damage, capfd):
+    context.batch.clear()
+    context.batch.extend(model.tokenize(TEXT)[:8], start=0, sequence=1, output=False)
+    context.batch.extend([3, 4, 5], start=0, sequence=2, output=False)
+    context.decode()
+    data = context.save(1)
+    data = {
+        "short": data[:-9],
+        "long": np.append(data, np.uint8(1)),
+        "header": np.concatenate([data[:4] ^ 255, data[4:]]),
+        "empty": data[:0],
+    }[damage]
+    assert not context.restore(2, data)
+    assert (context.length(1), context.length(2)) == (8, 0)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_full_memory_fails_the_call_and_leaves_the_rest_usable(context):

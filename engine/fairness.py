@@ -1,0 +1,138 @@
+"""Whose turn it is: waiting requests by tenant, and an account of the tokens that each was served.
+
+Of tenants of equal priority, the one goes first that was served fewest tokens for its weight: under load they
+get tokens in proportion to their weights, whatever the lengths and numbers of their requests (virtual token
+counters, Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024). Who comes back after a pause
+starts level with those that are busy: nobody saves up. Within a tenant it is first come, first served. Pure.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+
+class Charged(Protocol):
+    """What the queue asks of a tenant (request.Tenant is one)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def max_running(self) -> int | None: ...
+
+
+class Waiting(Protocol):
+    """What it asks of a request."""
+
+    @property
+    def tenant(self) -> Charged: ...
+
+
+W = TypeVar("W", bound=Waiting)
+
+
+@dataclass(slots=True)
+class Account(Generic[W]):
+    """One tenant: what it was served, what runs and what waits."""
+
+    tenant: Charged
+    served: float = 0.0  # tokens over weight
+    n_running: int = 0
+    waiting: deque[W] = field(default_factory=deque)
+
+    @property
+    def is_active(self) -> bool:
+        return bool(self.waiting or self.n_running)
+
+    @property
+    def may_run(self) -> bool:
+        """Whether its own limit lets another one run."""
+        limit = self.tenant.max_running
+        return limit is None or self.n_running < limit
+
+
+class FairQueue(Generic[W]):
+    """Requests in, the next one out."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[str, Account[W]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(account.waiting) for account in self._accounts.values())
+
+    def __iter__(self) -> Iterator[W]:
+        for account in self._accounts.values():
+            yield from account.waiting
+
+    def add(self, request: W, *, first: bool = False) -> None:
+        """Queue a request behind its tenant's others, or before them (it was running already)."""
+        account = self._account(request.tenant)
+        if not account.is_active:
+            busy = [each.served for each in self._accounts.values() if each.is_active]
+            account.served = max([account.served, *([min(busy)] if busy else [])])
+        account.tenant = request.tenant
+        if first:
+            account.waiting.appendleft(request)
+        else:
+            account.waiting.append(request)
+
+    def remove(self, request: W) -> None:
+        """A request will not run."""
+        account = self._account(request.tenant)
+        account.waiting.remove(request)
+        self._forget(account)
+
+    def ready(self) -> list[W]:
+        """The first request of every tenant that may run one, the most deserving tenant first."""
+        accounts = [each for each in self._accounts.values() if each.waiting and each.may_run]
+        accounts.sort(
+            key=lambda each: (-each.tenant.priority, each.served, each.n_running / each.tenant.weight)
+        )
+        return [account.waiting[0] for account in accounts]
+
+    def started(self, request: W) -> None:
+        """A request of `ready` runs now."""
+        account = self._account(request.tenant)
+        account.waiting.remove(request)
+        account.n_running += 1
+
+    def ended(self, request: W) -> None:
+        """A running request does not run any more."""
+        account = self._account(request.tenant)
+        account.n_running -= 1
+        self._forget(account)
+
+    def charge(self, request: W, n_tokens: int) -> None:
+        """Tokens were computed for a request."""
+        self._account(request.tenant).served += n_tokens / request.tenant.weight
+
+    def served(self, request: W) -> float:
+        """What the request's tenant was served, in tokens over weight."""
+        return self._account(request.tenant).served
+
+    def n_running(self, request: W) -> int:
+        """Running requests of the same tenant."""
+        return self._account(request.tenant).n_running
+
+    def share(self, request: W, n_slots: int) -> float:
+        """Slots that are due to the request's tenant beside all who want some now, by weight."""
+        weights = sum(each.tenant.weight for each in self._accounts.values() if each.is_active)
+        return n_slots * request.tenant.weight / weights if weights else n_slots
+
+    def _account(self, tenant: Charged) -> Account[W]:
+        account = self._accounts.get(tenant.name)
+        if account is None:
+            account = self._accounts[tenant.name] = Account(tenant)
+        return account
+
+    def _forget(self, account: Account[W]) -> None:
+        """Accounts of who is gone are kept only while they say more than a newcomer's would."""
+        if account.is_active:
+            return
+        busy = [each.served for each in self._accounts.values() if each.is_active]
+        if not busy or account.served <= min(busy):
+            del self._accounts[account.tenant.name]

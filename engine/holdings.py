@@ -1,0 +1,201 @@
+"""Who holds which computed tokens: the slots of the KV memory, and states saved outside of it.
+
+Keeps the prefix tree, the count of cells and the stash in step with one another, and says what has to be done
+in native memory for it, as actions. It decides what is kept and what gives way; who runs is scheduler.py's.
+Pure.
+"""
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+
+from engine.cells import Cells
+from engine.prefix import PrefixTree
+from engine.sequence import Action, Begin, Drop, Save, Sequence, Slot
+from engine.stash import Discard, Stash, State
+
+MIN_SAVED = 64  # tokens worth saving
+
+Source = int | State | None  # a slot, a saved state, or nobody
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What it takes to bring a prefix, in tokens that could be computed meanwhile."""
+
+    copy: int = 0  # from another slot
+    restore: int = 16  # from host memory
+    load: int = 64  # from disk
+
+
+class Holdings:
+    """Slots, what they hold, and what was saved of them."""
+
+    def __init__(
+        self,
+        *,
+        n_slots: int,
+        n_cells: int | None,
+        share_prefixes: bool,
+        n_window: int,
+        costs: Costs,
+        ram_bytes: int,
+        disk_bytes: int,
+        token_bytes: int,
+    ) -> None:
+        """The arguments are the Scheduler's."""
+        self.share_prefixes = share_prefixes
+        self.n_window = n_window
+        self.costs = costs
+        self.token_bytes = token_bytes
+        self.slots = [Slot() for _ in range(n_slots)]
+        self.cells = None if n_cells is None else Cells(n_cells, n_slots)
+        self.tree = PrefixTree()
+        self.stash = Stash(ram_bytes=ram_bytes, disk_bytes=disk_bytes, n_alone=self.tree.n_alone)
+        self._turn = 0
+
+    def adopt(self, states: Iterable[State]) -> list[Action]:
+        """Know states that an earlier process left on disk."""
+        actions: list[Action] = []
+        for state in states:
+            self.tree.hold(state, state.tokens, state.namespace)
+            actions += self._forgotten(self.stash.add(state))
+        return actions
+
+    def retire(self) -> list[Action]:
+        """Move to disk what is in slots and in memory, as far as the budgets let."""
+        actions: list[Action] = []
+        if not self.stash.budgets["disk"]:
+            return actions
+        for index in sorted(range(len(self.slots)), key=lambda index: self.slots[index].last_used):
+            if self.tree.n_alone(index) >= MIN_SAVED:
+                self.save(index, actions)
+        actions += self._forgotten(self.stash.empty("ram"))
+        return actions
+
+    def append(self, index: int, tokens: list[int], namespace: Hashable) -> None:
+        """A slot's sequence computed more tokens."""
+        self.slots[index].tokens.extend(tokens)
+        self.tree.extend(index, tokens, namespace)
+        if self.cells is not None:
+            self.cells.append(index, len(tokens))
+
+    def source(self, sequence: Sequence) -> tuple[Source, int]:
+        """Who brings how many of the first tokens, but for the last: its logits are needed."""
+        best: tuple[Source, int] = (None, 0)
+        gain = 0
+        if not self.share_prefixes:
+            return best
+        for match in self.tree.matches(sequence.tokens[:-1], sequence.namespace):
+            if match.length <= gain:
+                break
+            for holder in match.holders:
+                assert isinstance(holder, int | State)
+                if self._can_be_cut(holder, match.length):
+                    value = match.length - self.cost(holder)
+                    if value > gain or (value == gain and value and isinstance(holder, int)):
+                        best, gain = (holder, match.length), value
+        return best
+
+    def cost(self, holder: int | State) -> int:
+        """Of bringing a prefix from there, in tokens."""
+        if isinstance(holder, State):
+            return self.costs.restore if holder.tier == "ram" else self.costs.load
+        return 0 if self.slots[holder].sequence is None else self.costs.copy
+
+    def begin(self, sequence: Sequence, source: Source, length: int, actions: list[Action]) -> None:
+        """Let a sequence's slot hold what it is given, and nothing else."""
+        index = sequence.slot
+        assert index is not None
+        slot = self.slots[index]
+        slot.tokens, slot.namespace = sequence.tokens[:length], sequence.namespace
+        if isinstance(source, State):
+            self.stash.touch(source)
+        if self.cells is not None:
+            if source == index:
+                self.cells.cut(index, length)
+            elif isinstance(source, int):
+                self.cells.share(source, index, length)
+            else:
+                self.cells.cut(index, 0)
+                self.cells.append(index, length)
+        self.tree.hold(index, slot.tokens, sequence.namespace)
+        actions.append(Begin(sequence, index, source, length))
+
+    def take(self, sequence: Sequence, source: Source, length: int, actions: list[Action]) -> None:
+        """Give an idle slot to a sequence; what only that slot held is saved if it is much."""
+        free = [index for index, slot in enumerate(self.slots) if slot.sequence is None]
+        target = self._target(free, source, length)
+        kept = length if target == source else 0
+        lost = len(self.slots[target].tokens) - kept
+        if min(lost, self.tree.n_alone(target)) >= MIN_SAVED:
+            self.save(target, actions)
+        self._turn += 1
+        slot = self.slots[target]
+        slot.sequence, slot.last_used = sequence, self._turn
+        sequence.slot, sequence.age = target, self._turn
+        self.begin(sequence, source, length, actions)
+
+    def save(self, index: int, actions: list[Action], *, pinned: bool = False) -> State | None:
+        """Copy a slot's tokens to a state, if the stash can take it."""
+        slot = self.slots[index]
+        size = len(slot.tokens) * self.token_bytes
+        if not self.share_prefixes or not self.stash.fits(size):
+            return None
+        state = State(list(slot.tokens), slot.namespace, size, pinned=pinned)
+        self.tree.hold(state, state.tokens, state.namespace)
+        actions.append(Save(index, state))
+        actions += self._forgotten(self.stash.add(state))
+        return state
+
+    def discard(self, state: State, actions: list[Action]) -> None:
+        """A state is of no use any more."""
+        if state in self.stash.states:
+            self.stash.remove(state)
+            self.tree.release(state)
+            actions.append(Discard(state))
+
+    def drop(self, index: int, actions: list[Action]) -> None:
+        """Forget what a slot holds."""
+        self.slots[index].tokens = []
+        self.tree.release(index)
+        if self.cells is not None:
+            self.cells.cut(index, 0)
+        actions.append(Drop(index))
+
+    def make_room(self, needed: int, actions: list[Action], *, keep: Source = None) -> bool:
+        """Drop idle slots of a unified memory, the longest unused first, until `needed` cells are free."""
+        while self.cells is not None and self.cells.n_free < needed:
+            idle = [
+                index
+                for index, slot in enumerate(self.slots)
+                if slot.sequence is None and slot.tokens and index != keep
+            ]
+            if not idle:
+                return False
+            index = min(idle, key=lambda index: self.slots[index].last_used)
+            if self.tree.n_alone(index) >= MIN_SAVED:
+                self.save(index, actions)
+            self.drop(index, actions)
+        return True
+
+    def _can_be_cut(self, holder: int | State, length: int) -> bool:
+        """Sliding windows: whether the cells that the last of these tokens looks back on are there."""
+        if not self.n_window:
+            return True
+        held = len(holder.tokens if isinstance(holder, State) else self.slots[holder].tokens)
+        return held < self.n_window or held <= length
+
+    def _target(self, free: list[int], source: Source, length: int) -> int:
+        """The idle slot that holds most of it already, else the one whose tokens were used longest ago."""
+        if isinstance(source, int) and source in free and 2 * length >= len(self.slots[source].tokens):
+            return source  # no copy, and little or nothing is lost
+        empty = [index for index in free if not self.slots[index].tokens]
+        others = [index for index in free if index != source] or free
+        return empty[0] if empty else min(others, key=lambda index: self.slots[index].last_used)
+
+    def _forgotten(self, gone: Iterable[Action]) -> list[Action]:
+        done = list(gone)
+        for each in done:
+            if isinstance(each, Discard):
+                self.tree.release(each.state)
+        return done

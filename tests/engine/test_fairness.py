@@ -1,0 +1,111 @@
+"""Whose turn it is, by what each was served."""
+
+from dataclasses import dataclass, field
+
+from engine.fairness import FairQueue
+from engine.request import Tenant
+
+
+@dataclass(eq=False)
+class Asked:
+    tenant: Tenant
+    name: str = field(default="")
+
+
+def serve(queue: FairQueue, n_tokens: int) -> Asked:
+    """Run the first request to its end."""
+    request = queue.ready()[0]
+    queue.started(request)
+    queue.charge(request, n_tokens)
+    queue.ended(request)
+    return request
+
+
+A, B, HEAVY = Tenant("a"), Tenant("b"), Tenant("heavy", weight=3.0)
+
+
+def test_one_tenant_is_served_in_order_of_arrival():
+    queue: FairQueue[Asked] = FairQueue()
+    asked = [Asked(A, str(number)) for number in range(4)]
+    for each in asked:
+        queue.add(each)
+    assert [serve(queue, 10) for _ in asked] == asked
+    assert len(queue) == 0
+
+
+def test_tokens_are_shared_by_weight_whatever_the_lengths():
+    queue: FairQueue[Asked] = FairQueue()
+    for _ in range(400):
+        queue.add(Asked(A))
+        queue.add(Asked(HEAVY))
+    served = {"a": 0, "heavy": 0}
+    for _ in range(200):
+        name = queue.ready()[0].tenant.name
+        n_tokens = 70 if name == "a" else 10
+        serve(queue, n_tokens)
+        served[name] += n_tokens
+    assert 2.7 <= served["heavy"] / served["a"] <= 3.3
+
+
+def test_who_comes_late_starts_level_and_saves_nothing_up():
+    queue: FairQueue[Asked] = FairQueue()
+    for _ in range(50):
+        queue.add(Asked(A))
+    for _ in range(20):
+        serve(queue, 10)
+    for _ in range(20):
+        queue.add(Asked(B))
+    order = [serve(queue, 10).tenant.name for _ in range(20)]
+    assert 9 <= order.count("b") <= 11
+
+
+def test_a_pause_does_not_wipe_out_what_one_was_served():
+    queue: FairQueue[Asked] = FairQueue()
+    queue.add(Asked(A))
+    queue.add(Asked(B))
+    serve(queue, 10)
+    queue.add(Asked(A))
+    first = queue.ready()[0]
+    assert first.tenant is B
+    serve(queue, 10)
+
+
+def test_priority_goes_before_weight():
+    queue: FairQueue[Asked] = FairQueue()
+    queue.add(Asked(HEAVY))
+    queue.add(Asked(Tenant("urgent", weight=0.1, priority=1)))
+    assert [serve(queue, 10).tenant.name for _ in range(2)] == ["urgent", "heavy"]
+
+
+def test_a_tenant_at_its_limit_lets_others_pass():
+    queue: FairQueue[Asked] = FairQueue()
+    one = Tenant("one", max_running=1)
+    first, second, other = Asked(one), Asked(one), Asked(B)
+    for each in (first, second, other):
+        queue.add(each)
+    queue.started(first)
+    assert queue.ready() == [other]
+    queue.ended(first)
+    assert second in queue.ready()
+
+
+def test_one_that_made_way_goes_on_before_its_tenants_others():
+    queue: FairQueue[Asked] = FairQueue()
+    first, second = Asked(A), Asked(A)
+    queue.add(first)
+    queue.add(second)
+    queue.started(first)
+    queue.add(first, first=True)
+    queue.ended(first)
+    assert list(queue) == [first, second]
+
+
+def test_shares_count_who_wants_something_now():
+    queue: FairQueue[Asked] = FairQueue()
+    heavy, light = Asked(HEAVY), Asked(A)
+    queue.add(heavy)
+    assert queue.share(heavy, 8) == 8
+    queue.add(light)
+    assert (queue.share(heavy, 8), queue.share(light, 8)) == (6, 2)
+    queue.remove(light)
+    assert queue.share(heavy, 8) == 8

@@ -1,0 +1,67 @@
+"""Which saved states stay within the budgets."""
+
+from engine.stash import Demote, Discard, Stash, State
+
+
+def state(size: int, *, pinned: bool = False) -> State:
+    return State(list(range(size)), "", size, pinned=pinned)
+
+
+def stash(ram: int, disk: int = 0, worth: dict[State, int] | None = None) -> Stash:
+    return Stash(ram_bytes=ram, disk_bytes=disk, n_alone=lambda each: (worth or {}).get(each, each.length))
+
+
+def test_the_longest_unused_of_equals_goes_first():
+    kept = stash(100)
+    one, two, three = state(40), state(40), state(40)
+    assert kept.add(one) == kept.add(two) == []
+    assert kept.add(three) == [Discard(one)]
+    kept.touch(two)
+    assert kept.add(four := state(40)) == [Discard(three)]
+    assert kept.states == {two, four}
+    assert kept.used == {"ram": 80, "disk": 0}
+
+
+def test_what_others_hold_too_goes_before_what_must_be_computed_again():
+    cheap, dear = state(40), state(40)
+    kept = stash(100, worth={cheap: 1})
+    kept.add(dear)
+    kept.add(cheap)
+    assert kept.add(state(40)) == [Discard(cheap)]
+
+
+def test_memory_gives_way_to_disk_and_disk_to_nothing():
+    kept = stash(50, 50)
+    one, two, three = state(40), state(40), state(40)
+    kept.add(one)
+    assert kept.add(two) == [Demote(one)]
+    assert one.tier == "disk"
+    assert kept.add(three) == [Demote(two), Discard(one)]
+    assert kept.used == {"ram": 40, "disk": 40}
+
+
+def test_a_pinned_state_stays_and_leaves_less_to_others():
+    kept = stash(100)
+    pinned = state(80, pinned=True)
+    kept.add(pinned)
+    assert kept.fits(20)
+    assert not kept.fits(21)
+    assert kept.add(other := state(40)) == [Discard(other)]
+    pinned.pinned = False
+    assert kept.fits(100)
+
+
+def test_what_is_larger_than_all_is_not_kept():
+    kept = stash(10, 10)
+    assert kept.add(one := state(11)) == [Discard(one)]
+    assert kept.used == {"ram": 0, "disk": 0}
+
+
+def test_the_end_moves_memory_to_disk():
+    kept = stash(100, 50)
+    one, two = state(40), state(40, pinned=True)
+    kept.add(one)
+    kept.add(two)
+    gone = kept.empty("ram")
+    assert {type(each) for each in gone} == {Demote, Discard}
+    assert kept.used == {"ram": 0, "disk": 40}
