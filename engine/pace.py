@@ -6,7 +6,7 @@ others slow down.
 
 from bisect import bisect_left
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 MIN_PROMPT = 8  # tokens of prompts in every call, whatever the stall: a prompt must come to its end
 CAUTION = 0.85  # of the stall is planned for, since times vary
@@ -71,6 +71,9 @@ class _Record:
     right: float = 0.0
 
 
+HOPE = _Record(2.0, 1.0)  # before anything is known
+
+
 @dataclass(slots=True)
 class Luck:
     """How far guesses can be trusted, sequence by sequence, and how many are worth their time."""
@@ -78,7 +81,7 @@ class Luck:
     pace: Pace
     n_tried: int = 0
     n_right: int = 0
-    _common: _Record = field(default_factory=lambda: _Record(2.0, 1.0))
+    _common: _Record = field(default_factory=lambda: replace(HOPE))
     _own: dict[Hashable, _Record] = field(default_factory=dict)
 
     def learn(self, key: Hashable, *, n_guesses: int, n_right: int) -> None:
@@ -118,6 +121,9 @@ class Luck:
             rate = expected / max(1e-9, self.pace.writing_s(n_writing + n_guesses))
             if rate > best_rate:
                 best, best_rate = n_guesses, rate
+        if not best:  # bad luck is not believed for ever
+            self._common.tried += FORGETTING * (HOPE.tried - self._common.tried)
+            self._common.right += FORGETTING * (HOPE.right - self._common.right)
         counts: dict[Hashable, int] = {}
         for _, key in gains[:best]:
             counts[key] = counts.get(key, 0) + 1
