@@ -16,7 +16,7 @@ ContextTokens = Annotated[int, Meta(ge=16, le=2**24)]
 Cells = Annotated[int, Meta(ge=16, le=2**31 - 1)]
 CacheMegabytes = Annotated[int, Meta(ge=0, le=2**24)]
 
-DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+DURATION = re.compile(r"(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+)s)?")
 MAX_DURATION_S = 366 * 24 * 3600
 
 
@@ -71,7 +71,7 @@ def seconds(duration: str | int) -> float | None:
         return None
     text = str(duration)
     match = DURATION.fullmatch(text)
-    if text.isdecimal():
+    if text.isascii() and text.isdecimal():
         total = int(text[:12])
     elif match and text:
         hours, minutes, rest = (int((part or "0")[:12]) for part in match.groups())

@@ -15,6 +15,8 @@ import typer
 if TYPE_CHECKING:
     import httpx
 
+    from server.settings import Settings
+
 
 #: Tokens that the answer of a model may have; an assistant has a limit of its own, or none.
 ANSWER_TOKENS = 512
@@ -170,12 +172,26 @@ def _settings(config: Path | None, body: dict[str, Any]):
     assistants = {name: settings.assistants[name]} if name in settings.assistants else {}
     base = assistants[name].model if assistants else name
     models = {base: settings.models[base]} if base in settings.models else {}
-    http = HTTP(prompts=_prompt_folder(body) or settings.server.prompts)
+    http = HTTP(
+        prompts=_prompt_folder(body) or settings.server.prompts,
+        memory_budget_mb=settings.server.memory_budget_mb,
+    )
     settings = Settings(server=http, models=models, assistants=assistants)
     if models:
-        return with_models(settings, {})
+        return _for_one(with_models(settings, {}))
     body["model"] = name_of(name)
-    return with_models(settings, {body["model"]: Model(model=name)})
+    return _for_one(with_models(settings, {body["model"]: Model(model=name)}))
+
+
+def _for_one(settings: Settings) -> Settings:
+    """One question is asked: nobody is beside it, and nothing is kept for the next one."""
+    import msgspec
+
+    models = {
+        name: msgspec.structs.replace(model, n_parallel=1, kv_cells=None, cache_ram_mb=0, cache_disk_mb=0)
+        for name, model in settings.models.items()
+    }
+    return msgspec.structs.replace(settings, models=models)
 
 
 def _prompt_folder(body: dict[str, Any]) -> str | None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
     from models.store import Store
     from server.settings import Model, Settings
+
+
+CacheType = Literal["f32", "bf16", "f16", "q8_0", "q4_0"]
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +27,7 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL]...",
-            help="Store names or GGUF paths, one engine each; smollm2-135m-instruct when neither MODEL nor a "
+            help="Store names or GGUF paths, loaded at start; smollm2-135m-instruct when neither MODEL nor a "
             "configuration file names one.",
         ),
     ] = None,
@@ -40,13 +43,87 @@ def serve(
     ] = None,
     n_ctx: Annotated[
         int | None,
-        typer.Option(metavar="N", min=16, help="Tokens of one request, answer included; 4096 by default."),
+        typer.Option(
+            metavar="N",
+            min=16,
+            help="Tokens of one request, answer included; by default what the model was trained on, if "
+            "memory allows.",
+        ),
     ] = None,
     n_parallel: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Requests decoded together; 4 by default.")
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Requests decoded together; 8 by default (GPU: 32), if memory allows."
+        ),
+    ] = None,
+    kv_cells: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=16,
+            help="Tokens of all requests together; by default n_ctx for each, 8192 at most.",
+        ),
+    ] = None,
+    kv_type_k: Annotated[
+        CacheType | None, typer.Option(help="Type of cached keys; bf16 by default, on a GPU f16.")
+    ] = None,
+    kv_type_v: Annotated[
+        CacheType | None, typer.Option(help="Type of cached values; f16 by default.")
     ] = None,
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="CPU threads; the physical cores by default.")
+    ] = None,
+    memory_budget_mb: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MIB",
+            min=1,
+            help="Memory of all loaded models together; 80 % of what is free at start by default.",
+        ),
+    ] = None,
+    keep_alive: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help='Unload a model after so long without a request: "10m", "90s", "0", "forever"; by default '
+            "forever if it was loaded at start, else 10m.",
+        ),
+    ] = None,
+    preload: Annotated[
+        bool | None,
+        typer.Option(
+            "--preload/--no-preload",
+            help="Load at start; by default what is named here, or the only model. Others load on first use.",
+        ),
+    ] = None,
+    max_stall_ms: Annotated[
+        int | None,
+        typer.Option(
+            metavar="MS", min=10, help="Longest wait of running answers for another's prompt; 250 by default."
+        ),
+    ] = None,
+    cache_ram_mb: Annotated[
+        int | None,
+        typer.Option(
+            metavar="MIB", min=0, help="Memory for prefixes beside the context; 512 by default, 0: none."
+        ),
+    ] = None,
+    cache_disk_mb: Annotated[
+        int | None,
+        typer.Option(
+            metavar="MIB", min=0, help="Disk for prefixes, kept over restarts; 0, none, by default."
+        ),
+    ] = None,
+    speculation: Annotated[
+        Literal["auto", "off"] | None,
+        typer.Option(help="Draft the next tokens where that is measured to pay; auto by default."),
+    ] = None,
+    draft_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Small model of the same vocabulary that drafts: store name or GGUF; none by default.",
+        ),
     ] = None,
     api_key_file: Annotated[
         Path | None,
@@ -71,8 +148,15 @@ def serve(
     settings = load(config) if config else Settings()
     named = named_models(models or [], lora or [])
     key_file = str(api_key_file) if api_key_file else None
-    settings = with_models(settings, named, host=host, port=port, api_key_file=key_file)
-    settings = with_engine_options(settings, n_ctx=n_ctx, n_parallel=n_parallel, threads=threads)
+    settings = with_models(
+        settings, named, host=host, port=port, api_key_file=key_file, memory_budget_mb=memory_budget_mb
+    )
+    settings = with_engine_options(
+        settings, n_ctx=n_ctx, n_parallel=n_parallel, kv_cells=kv_cells, kv_type_k=kv_type_k,
+        kv_type_v=kv_type_v, threads=threads, keep_alive=keep_alive, preload=preload,
+        max_stall_ms=max_stall_ms, cache_ram_mb=cache_ram_mb, cache_disk_mb=cache_disk_mb,
+        speculation=speculation, draft_model=draft_model,
+    )  # fmt: skip
     serve_settings(settings, store=stocked(settings, with_embedder=True))
 
 
@@ -92,7 +176,7 @@ def named_models(references: list[str], lora: list[str]) -> dict[str, Model]:
         name = name_of(reference)
         if name in named:
             raise typer.BadParameter(f"two models would be called {name!r}", param_hint="MODEL")
-        named[name] = Model(model=reference, lora=adapters)
+        named[name] = Model(model=reference, lora=adapters, preload=True)
     return named
 
 
@@ -102,12 +186,21 @@ def name_of(reference: str) -> str:
     return re.sub(r"[^\w.:-]", "-", text).lstrip("-.:") or "model"
 
 
-def with_engine_options(settings: Settings, **options: int | None) -> Settings:
+def with_engine_options(settings: Settings, **options: Any) -> Settings:
     """The settings with options given (not None) set for every model."""
     import msgspec
 
+    from server.settings import Model, SettingsError
+
     given = {name: value for name, value in options.items() if value is not None}
-    models = {name: msgspec.structs.replace(each, **given) for name, each in settings.models.items()}
+    models = {}
+    for name, model in settings.models.items():
+        try:
+            models[name] = msgspec.convert(msgspec.to_builtins(model) | given, Model)
+        except msgspec.ValidationError as error:
+            problem, _, field = str(error).partition(" - at `$.")
+            option = f"--{field.rstrip('`').replace('_', '-')}: " if field else ""
+            raise SettingsError(f"command line: {option}{problem[:1].lower()}{problem[1:]}") from None
     return msgspec.structs.replace(settings, models=models)
 
 

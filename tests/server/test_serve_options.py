@@ -13,7 +13,7 @@ from server.auth import Keys
 from server.machine import Machine
 from server.run import announce
 from server.service import opened
-from server.settings import Adapter, Embedder, Model, Settings, complete, with_models
+from server.settings import Adapter, Embedder, Model, Settings, SettingsError, complete, with_models
 
 SMOL = "smollm2-135m-instruct"
 MINILM = "all-minilm-l6-v2"
@@ -39,10 +39,13 @@ def test_a_model_is_called_by_its_store_name_or_its_file(reference, name):
 
 def test_models_of_the_command_line_have_their_names_and_the_adapters_of_one():
     assert named_models([], []) == {}
-    assert named_models(["a", "x/b.gguf"], []) == {"a": Model(model="a"), "b": Model(model="x/b.gguf")}
+    assert named_models(["a", "x/b.gguf"], []) == {
+        "a": Model(model="a", preload=True),
+        "b": Model(model="x/b.gguf", preload=True),
+    }
     adapters = (Adapter(path="one"), Adapter(path="two"))
-    assert named_models(["a"], ["one", "two"]) == {"a": Model(model="a", lora=adapters)}
-    assert named_models([], ["one"]) == {SMOL: Model(model=SMOL, lora=adapters[:1])}
+    assert named_models(["a"], ["one", "two"]) == {"a": Model(model="a", lora=adapters, preload=True)}
+    assert named_models([], ["one"]) == {SMOL: Model(model=SMOL, lora=adapters[:1], preload=True)}
 
 
 def test_what_is_ambiguous_on_the_command_line_is_wrong_usage():
@@ -60,6 +63,31 @@ def test_engine_options_are_set_for_every_model_and_only_when_given():
         "b": Model(n_parallel=2, threads=7),
     }
     assert with_engine_options(settings, n_ctx=None, n_parallel=None, threads=None) == settings
+
+
+def test_a_model_of_the_file_that_is_named_is_loaded_at_start_unless_the_file_says_otherwise():
+    settings = Settings(models={"a": Model(n_ctx=99), "b": Model(preload=False), "c": Model()})
+    models = with_models(settings, named_models(["a", "b"], [])).models
+    assert {name: model.preload for name, model in models.items()} == {"a": True, "b": False, "c": None}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"keep_alive": "soon"}, ["keep_alive", "'soon' is no duration", '"10m"']),
+        ({"keep_alive": "-1m"}, ["'-1m' is no duration"]),
+        ({"keep_alive": "9999999999h"}, ["longer than a year", '"forever"']),
+        ({"n_parallel": 1000}, ["--n-parallel", "256"]),
+        ({"n_ctx": 2048, "kv_cells": 1024}, ["1024", "2048 of n_ctx"]),
+        ({"kv_type_k": "q3"}, ["--kv-type-k", "'q3'"]),
+        ({"draft_model": 3}, ["--draft-model"]),
+    ],
+)
+def test_an_engine_option_that_cannot_be_is_named(options, words):
+    with pytest.raises(SettingsError) as error:
+        with_engine_options(Settings(models={"a": Model()}), **options)
+    for word in ["command line", *words]:
+        assert word in str(error.value)
 
 
 @pytest.fixture
@@ -116,13 +144,16 @@ def test_the_command_pulls_both_and_serves_what_it_was_told(pulled, monkeypatch,
     served = []
     monkeypatch.setattr("server.run.serve", lambda settings, *, store: served.append((settings, store)))
     (tmp_path / "lq.toml").write_text(f'[models."{SMOL}"]\nn_ctx = 77\nlora = ["own"]\n')
-    serve.serve(models=[SMOL], config=tmp_path / "lq.toml", port=9, threads=3, lora=["more"])
+    serve.serve(
+        models=[SMOL], config=tmp_path / "lq.toml", port=9, threads=3, lora=["more"],
+        memory_budget_mb=500, keep_alive="0",
+    )  # fmt: skip
     ((settings, store),) = served
     assert pulled == [SMOL, MINILM]
     assert store.root == tmp_path
     lora = (Adapter(path="own"), Adapter(path="more"))
-    assert settings.models == {SMOL: Model(n_ctx=77, threads=3, lora=lora)}
-    assert settings.server.port == 9
+    assert settings.models == {SMOL: Model(n_ctx=77, threads=3, lora=lora, preload=True, keep_alive="0")}
+    assert (settings.server.port, settings.server.memory_budget_mb) == (9, 500)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 from server.auth import Hosts, Keys, read_keys
 from server.errors import HostNotAllowed, Unauthorized
 from server.key_settings import Limits
+from server.model_settings import seconds
 from server.settings import DEFAULT_MODEL, HTTP, Adapter, Model, Settings, SettingsError, load, with_models
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "lq.toml"
@@ -77,6 +78,14 @@ def test_an_assistant_may_name_a_model_of_the_store(written):
         ("[server]\nport = 70000", ["`server.port`", "65535"]),
         ("[models.a]\nn_ctc = 1", ["`models.a.n_ctc`", "`n_ctx`"]),
         ('[models.a]\nn_ctx = "x"', ["`models.a.n_ctx`", "int", "str"]),
+        ('[models.a]\nkv_type_v = "f8"', ["`models.a.kv_type_v`", "'f8'"]),
+        (
+            '[models.a]\nkeep_alive = "ten minutes"',
+            ["`models.a`", "keep_alive", "'ten minutes' is no duration"],
+        ),
+        ("[models.a]\nkeep_alive = -1", ["`models.a`", "keep_alive", "'-1' is no duration"]),
+        ("[models.a]\nn_ctx = 100\nkv_cells = 99", ["`models.a`", "kv_cells is 99", "100 of n_ctx"]),
+        ("[server]\nmemory_budget_mb = 0", ["`server.memory_budget_mb`", "0"]),
         ('[models.a]\nlora = [{pth = "x"}]', ["models.a.lora[0]", "pth"]),
         ('[assistants.a]\nmodel = "m"\ntemprature = 1.0', ["`assistants.a.temprature`", "`temperature`"]),
         ('[assistants.a]\nmodel = "m"\ntemperature = 3.0', ["`assistants.a.temperature`", "2.0"]),
@@ -92,6 +101,32 @@ def test_a_wrong_file_is_refused_by_name(written, text, words):
         load(written(text))
     for word in ["lq.toml", *words]:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("forever", None),
+        ("0", 0),
+        (0, 0),
+        (90, 90),
+        ("90s", 90),
+        ("10", 10),
+        ("10m", 600),
+        ("1h30m", 5400),
+        ("2h5s", 7205),
+    ],
+)
+def test_durations_are_read_as_people_write_them(text, expected):
+    assert seconds(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "m", "1m1h", "1.5h", "ten", "-5s", "5 m", "1e3", "٣m", "1" * 5000 + "h"]
+)
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(ValueError, match=r"no duration|longer than a year"):
+        seconds(text)
 
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path):
