@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 ASSETS := .cache/assets/.complete
 
-.PHONY: run test check bench wheelhouse image lock clean help
+.PHONY: run test check bench bench-serve wheelhouse image lock clean help
 
 run: $(INSTALLED)  ## set up, answer a question from the example documents, keep serving (DEMO=--once: stop after it)
 	$(BIN)/lq demo $(DEMO)
@@ -24,6 +24,9 @@ check: $(TESTABLE)  ## lint, format, types
 
 bench: $(TESTABLE)  ## speed against llama-server of the same commit, alternating (ARGS: see --help)
 	$(BIN)/python -m benchmarks.single_stream $(ARGS)
+
+bench-serve: $(TESTABLE)  ## serving under load against llama-server, tables and plots, an hour or more (ARGS: --quick)
+	$(BIN)/python -m benchmarks.serving $(ARGS)
 
 wheelhouse: $(INSTALLED)  ## every package as files, for a build or an installation without a network
 	rm -rf wheelhouse
@@ -44,7 +47,7 @@ clean:  ## remove what the targets above made; models and collections under LQ_H
 	rm -rf $(VENV) .cache wheelhouse
 
 help:
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-12s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' Makefile
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

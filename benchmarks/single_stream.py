@@ -52,17 +52,18 @@ def measure(url: str, tokens: int) -> dict[str, float]:
 
 def compare(model: Path, *, rounds: int, tokens: int, threads: int) -> dict[str, list[dict[str, float]]]:
     """Measurements by server name, alternating; one round before them warms both up."""
-    shape = {"threads": threads, "n_ctx": 4096, "n_parallel": 4}
     results: dict[str, list[dict[str, float]]] = {"lq": [], "llama-server": []}
     with tempfile.TemporaryDirectory() as folder:
         ports = {name: servers.free_port() for name in results}
-        ours = servers.lq_command(model, port=ports["lq"], **shape)
-        theirs = servers.llama_server_command(model, port=ports["llama-server"], **shape)
+        ours = servers.lq_command(model, port=ports["lq"], threads=threads, n_ctx=4096, n_parallel=4)
+        theirs = servers.llama_server_command(
+            model, port=ports["llama-server"], threads=threads, n_ctx=4096, n_parallel=4
+        )
         with (
-            servers.running(ours, ports["lq"], Path(folder, "lq.log")) as lq_url,
-            servers.running(theirs, ports["llama-server"], Path(folder, "llama-server.log")) as peer_url,
+            servers.running(ours, ports["lq"], Path(folder, "lq.log")) as lq,
+            servers.running(theirs, ports["llama-server"], Path(folder, "llama-server.log")) as peer,
         ):
-            urls = {"lq": lq_url, "llama-server": peer_url}
+            urls = {"lq": lq.url, "llama-server": peer.url}
             for url in urls.values():
                 measure(url, tokens)
             for number in range(rounds):
