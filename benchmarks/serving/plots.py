@@ -66,6 +66,7 @@ def bars(
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel(axis, color=INK)
+    axes.set_axisbelow(True)
     axes.grid(True, axis="x", which="major", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, loc="left", color=INK, fontsize=11)
