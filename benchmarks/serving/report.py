@@ -29,12 +29,16 @@ class ModelReport:
 
 
 def comparisons(result: Result) -> list[Comparison]:
-    """The figures that a scenario shows, compared over its rounds."""
+    """The figures that a scenario shows, compared over its rounds. Ratios that lq aims at are to the
+    server that the scenario is meant against: to another they are told without a verdict."""
     scenario = SCENARIOS[result.scenario]
+    meant = "lq" if scenario.rival else "llama-server"
+    as_meant = result.contestants[1].program == meant
+    goals = [goal for goal in scenario.goals if goal.own or as_meant]
     ours, theirs = (
         [scenario.evaluate(played) for played in result.rounds[each.name]] for each in result.contestants
     )
-    return [compared(figure, ours, theirs, scenario.goals) for figure in scenario.shows]
+    return [compared(figure, ours, theirs, goals) for figure in scenario.shows]
 
 
 def markdown(reports: Sequence[ModelReport], settings: Settings) -> str:

@@ -142,6 +142,15 @@ def test_a_scenario_is_compared_in_every_figure_that_it_shows():
     assert rows[0].met is False  # 1.0 is less than 1.05
 
 
+def test_goals_against_llama_server_give_no_verdict_on_another_lq():
+    pair = (Contestant("lq", "lq"), Contestant("lq again", "lq"))
+    long = answered(4.0, 4.1, sent_s=2.0, group="long")
+    rounds = {each.name: [Round([answered(0.5, 1.9, 2.5, 4.2, group="streams"), long])] for each in pair}
+    verdicts = {row.figure: row.met for row in comparisons(Result("long-1200", pair, rounds))}
+    assert verdicts["long_ttft_s"] is None
+    assert verdicts["gap_s"] is False  # lq's own value is judged whoever stands beside it
+
+
 def test_failures_are_counted_by_kind_with_their_first_detail():
     outcomes = [
         failed("http", ended_s=1, detail="500:\n full"),
