@@ -11,6 +11,7 @@ from collections.abc import Sequence as Items
 
 import numpy as np
 
+from engine.drafter import Drafter
 from engine.figures import Figures
 from engine.holdings import Costs
 from engine.llama import Adapter, Context, DecodeFailed, Model
@@ -49,6 +50,7 @@ class Loop:
         max_queue: int | None = None,
         pace: Pace | None = None,
         guesses: int = 0,
+        drafter: Drafter | None = None,
         ram_bytes: int = 0,
         disk_bytes: int = 0,
         states: States | None = None,
@@ -68,6 +70,7 @@ class Loop:
         self.pace = pace or Pace()
         self.luck = Luck(self.pace)
         self.guesses = guesses if context.can_share_prefixes else 0
+        self.drafter = drafter if self.guesses else None
         self.states = states or States()
         self.scheduler = Scheduler(
             n_slots=n_parallel,
@@ -247,23 +250,30 @@ class Loop:
     # A call
 
     def _guess(self, writing: list[Sequence]) -> dict[Sequence, list[int]]:
-        """Tokens worth checking along with each writing sequence's own."""
-        guesses: dict[Hashable, list[int]] = {}
-        for sequence in writing:
-            found = self._writing[sequence.id].lookup.guess(sequence.tokens, MAX_GUESSES)
-            if found:
-                guesses[sequence] = found
-        if not guesses:
+        """Tokens worth checking along with each writing sequence's own: its own words, else a draft's."""
+        found = {each: self._writing[each.id].lookup.guess(each.tokens, MAX_GUESSES) for each in writing}
+        quoted = {each: guesses for each, guesses in found.items() if guesses}
+        if quoted:
+            counts = self._within({each: len(guesses) for each, guesses in quoted.items()}, writing)
+            return {each: quoted[each][:count] for each, count in counts.items()}
+        if self.drafter is None:
             return {}
-        counts = self.luck.worthwhile(guesses, len(writing))
-        left = self.guesses
-        drafts: dict[Sequence, list[int]] = {}
+        ready = self.drafter.ready(writing)
+        counts = self._within(dict.fromkeys(ready, MAX_GUESSES), writing, depth_s=self.drafter.call_s)
+        return self.drafter.guess(counts) if counts else {}
+
+    def _within(
+        self, possible: Mapping[Sequence, int], writing: list[Sequence], *, depth_s: float = 0.0
+    ) -> dict[Sequence, int]:
+        """How many guesses of each pay, and fit the logits that a call may have."""
+        counts = self.luck.worthwhile(possible, len(writing), depth_s=depth_s)
+        left, chosen = self.guesses, {}
         for sequence in writing:
             count = min(left, counts.get(sequence, 0))
             if count:
-                drafts[sequence] = guesses[sequence][:count]
+                chosen[sequence] = count
                 left -= count
-        return drafts
+        return chosen
 
     def _learn(self, plan: Plan, seconds: float) -> None:
         n_writing = sum(len(chunk.tokens) for chunk in plan.chunks if chunk.is_writing)

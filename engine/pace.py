@@ -7,6 +7,9 @@ others slow down.
 from bisect import bisect_left
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+K = TypeVar("K", bound=Hashable)
 
 MIN_PROMPT = 8  # tokens of prompts in every call, whatever the stall: a prompt must come to its end
 CAUTION = 0.85  # of the stall is planned for, since times vary
@@ -103,28 +106,32 @@ class Luck:
         own = self._own.get(key, _Record())
         return (own.right + TRUST_EVENTS * common) / (own.tried + TRUST_EVENTS)
 
-    def worthwhile(self, guesses: Mapping[Hashable, list[int]], n_writing: int) -> dict[Hashable, int]:
-        """How many of each sequence's guesses make the next call write most tokens a second."""
-        gains: list[tuple[float, Hashable]] = []
-        for key, tokens in guesses.items():
+    def worthwhile(self, guesses: Mapping[K, int], n_writing: int, *, depth_s: float = 0.0) -> dict[K, int]:
+        """How many of each sequence's guesses make the next call write most tokens a second.
+
+        `guesses`: how many there are; `depth_s`: what the first, the second ... of all of them takes to make.
+        """
+        gains: list[tuple[float, K, int]] = []
+        for key, count in guesses.items():
             own = self._own.get(key)
             if own is not None:
                 own.tried *= 1 - FORGETTING
                 own.right *= 1 - FORGETTING
             chance = self.chance(key)
-            gains += [(chance**place, key) for place in range(1, len(tokens) + 1)]
+            gains += [(chance**place, key, place) for place in range(1, count + 1)]
         gains.sort(key=lambda gain: -gain[0])
         best, best_rate = 0, WORTH * n_writing / max(1e-9, self.pace.writing_s(n_writing))
-        expected = float(n_writing)
-        for n_guesses, (gain, _) in enumerate(gains, start=1):
-            expected += gain
-            rate = expected / max(1e-9, self.pace.writing_s(n_writing + n_guesses))
+        expected, depth = float(n_writing), 0
+        for n_guesses, (gain, _, place) in enumerate(gains, start=1):
+            expected, depth = expected + gain, max(depth, place)
+            seconds = self.pace.writing_s(n_writing + n_guesses) + depth * depth_s
+            rate = expected / max(1e-9, seconds)
             if rate > best_rate:
                 best, best_rate = n_guesses, rate
         if not best:  # bad luck is not believed for ever
             self._common.tried += FORGETTING * (HOPE.tried - self._common.tried)
             self._common.right += FORGETTING * (HOPE.right - self._common.right)
-        counts: dict[Hashable, int] = {}
-        for _, key in gains[:best]:
+        counts: dict[K, int] = {}
+        for _, key, _ in gains[:best]:
             counts[key] = counts.get(key, 0) + 1
         return counts

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from importlib.metadata import version
 
 from engine import wire
+from engine.drafter import Drafter
 from engine.llama import Adapter, Context, Model, gpu_name
 from engine.loop import Loop
 from engine.memory import uses_mmap
@@ -91,6 +92,7 @@ def load(config: EngineConfig, stack: ExitStack) -> tuple[Loop, EngineInfo]:
     adapters = {name: Adapter(model, path) for name, path in config.adapters}
     if applied:
         context.apply(applied)
+    drafter = open_drafter(model, config, stack)
     pace = Pace(max_stall_s=config.max_stall_ms / 1000)
     token_bytes = warm_up(context, pace)
     loop = Loop(
@@ -101,6 +103,7 @@ def load(config: EngineConfig, stack: ExitStack) -> tuple[Loop, EngineInfo]:
         max_queue=config.max_queue,
         pace=pace,
         guesses=GUESSES if config.speculation == "auto" else 0,
+        drafter=drafter,
         ram_bytes=config.cache_ram_mb << 20,
         disk_bytes=config.cache_disk_mb << 20,
         states=States(config.cache_folder, fingerprint=fingerprint(config)) if config.cache_disk_mb else None,
@@ -132,6 +135,22 @@ def open_context(model: Model, config: EngineConfig) -> Context:
         type_v=config.kv_type_v,
         unified=n_cells < enough,
     )
+
+
+def open_drafter(model: Model, config: EngineConfig, stack: ExitStack) -> Drafter | None:
+    """The draft model, if one is configured."""
+    if config.draft_model is None or config.speculation == "off":
+        return None
+    drafter = Drafter.open(
+        config.draft_model,
+        model,
+        n_ctx=config.n_ctx,
+        n_parallel=config.n_parallel,
+        n_threads=config.n_threads,
+        n_gpu_layers=config.n_gpu_layers,
+    )
+    stack.callback(drafter.close)
+    return drafter
 
 
 def fingerprint(config: EngineConfig) -> str:

@@ -65,15 +65,15 @@ DEAR = {"n1": 0.010, "n8": 0.090}
 
 
 def test_guesses_that_come_true_are_made_where_they_are_cheap():
-    assert lucky(paced(**CHEAP), "a", right=True).worthwhile({"a": [1] * 7}, 1) == {"a": 7}
-    assert lucky(paced(**DEAR), "a", right=True).worthwhile({"a": [1] * 7}, 1) == {}
+    assert lucky(paced(**CHEAP), "a", right=True).worthwhile({"a": 7}, 1) == {"a": 7}
+    assert lucky(paced(**DEAR), "a", right=True).worthwhile({"a": 7}, 1) == {}
 
 
 def test_guesses_that_fail_are_given_up_and_tried_again_later():
     luck = lucky(paced(**CHEAP), "a", right=False)
-    assert luck.worthwhile({"a": [1] * 7}, 1) == {}
+    assert luck.worthwhile({"a": 7}, 1) == {}
     tries = 0
-    while not luck.worthwhile({"a": [1] * 7}, 1):
+    while not luck.worthwhile({"a": 7}, 1):
         tries += 1
         assert tries < 5000
     assert tries > 50
@@ -82,15 +82,21 @@ def test_guesses_that_fail_are_given_up_and_tried_again_later():
 def test_a_call_of_many_sequences_leaves_no_room_for_guesses():
     pace = paced(n1=0.010, n8=0.020, n16=0.060, n24=0.100)
     luck = lucky(pace, "a", right=True)
-    assert luck.worthwhile({"a": [1] * 4}, 1)
-    assert not luck.worthwhile({"a": [1] * 4}, 16)
+    assert luck.worthwhile({"a": 4}, 1)
+    assert not luck.worthwhile({"a": 4}, 16)
 
 
 def test_the_sequence_with_more_luck_gets_the_guesses():
     luck = lucky(paced(n1=0.010, n2=0.011, n6=0.013, n12=0.040), "good", right=True)
     for _ in range(20):
         luck.learn("bad", n_guesses=4, n_right=0)
-    counts = luck.worthwhile({"good": [1] * 4, "bad": [1] * 4}, 2)
+    counts = luck.worthwhile({"good": 4, "bad": 4}, 2)
     assert counts.get("good", 0) > counts.get("bad", 0)
     luck.forget("bad")
     assert luck.chance("bad") == luck.chance("never seen")
+
+
+def test_guesses_that_take_long_to_make_are_fewer():
+    luck = lucky(paced(**CHEAP), "a", right=True)
+    assert luck.worthwhile({"a": 7}, 1, depth_s=0.0005)
+    assert luck.worthwhile({"a": 7}, 1, depth_s=0.02) == {}
