@@ -133,8 +133,8 @@ class _Draft:
         options = msgspec.structs.replace(self.model, model=None, lora=(), preload=None, keep_alive=None)
         return self.path, self.lora, options
 
-    def cost(self, n_cells: int, n_parallel: int) -> Footprint:
-        """What it takes with so many cells for so many sequences."""
+    def cost(self, n_cells: int, n_parallel: int, *, n_drafted: int | None = None) -> Footprint:
+        """What it takes with so many cells for so many sequences; `n_drafted`: cells of the draft model."""
         model = self.model
         own = footprint(
             self.pieces, n_cells=n_cells, n_parallel=n_parallel,
@@ -143,7 +143,7 @@ class _Draft:
         weights = own.weights_bytes + sum(path.stat().st_size for path, _ in self.lora)
         kv = own.kv_bytes
         if self.drafter:
-            draft = footprint(self.drafter, n_cells=n_cells, n_parallel=n_parallel)
+            draft = footprint(self.drafter, n_cells=n_drafted or n_cells, n_parallel=n_parallel)
             weights, kv = weights + draft.weights_bytes, kv + draft.kv_bytes
         return Footprint(weights, kv, own.compute_bytes, model.cache_ram_mb * 2**20)
 
@@ -174,7 +174,9 @@ class _Draft:
             draft_model=self.drafter[0].path if self.drafter else None,
         )
         config.validate()
-        memory = self.cost(chosen.n_cells, chosen.n_parallel)
+        memory = self.cost(
+            chosen.n_cells, chosen.n_parallel, n_drafted=chosen.n_ctx * chosen.n_parallel
+        )  # a draft model never shares its cells
         return Plan(self.name, config, control_tokens(self.pieces[0]), facts, memory)
 
 

@@ -13,7 +13,8 @@ from models.footprint import Footprint
 PARALLEL_CPU = 8
 PARALLEL_ONE_CORE = 4
 PARALLEL_GPU = 32
-#: Tokens of context for each of them on average. Any of them may use up to n_ctx, as long as others use less.
+#: Tokens of context for each of them on average. With a longer n_ctx any of them may use up to that as long as
+#: others use less: they share one memory then, which the engine serves somewhat slower than one for each.
 CELLS_EACH = 8192
 #: Where memory is short, fewer requests at once come before less than this for each.
 FEWEST_CELLS_EACH = 2048
@@ -69,7 +70,7 @@ def choose(
     chosen = n_ctx or _rounded(min(longest, n_cells), longest)
     if kv_cells is None:
         n_cells = max(chosen, _rounded(n_cells, chosen * parallel))
-    return Shape(chosen, parallel, n_cells)
+    return Shape(chosen, parallel, min(n_cells, chosen * parallel))
 
 
 def fitting(cost: Cost, n_parallel: int, room_bytes: int, *, share: float) -> int:

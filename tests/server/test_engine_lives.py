@@ -141,7 +141,7 @@ def test_of_those_marked_as_many_as_fit_are_loaded_at_start(lives):
 
 
 def test_a_model_too_large_stops_the_start_if_it_was_to_be_loaded_and_else_its_requests(lives, yard):
-    large = Model(model=SMOL, n_ctx=8192, n_parallel=8, kv_cells=2**24)
+    large = Model(model=SMOL, n_ctx=2**24, n_parallel=1)
     message = (
         r"the model 'a' needs 4\d\d\.\d GB of memory and all models together may take 16\.0 GB: lower its"
     )

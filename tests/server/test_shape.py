@@ -60,7 +60,7 @@ def test_what_is_given_is_kept():
     assert chosen(1000, n_ctx=20_000) == Shape(20_000, 8, 65536)
     assert chosen(1000, n_parallel=2, n_ctx_train=32768) == Shape(32768, 2, 32768)
     assert chosen(1000, kv_cells=5000) == Shape(4864, 2, 5000)
-    assert chosen(1000, kv_cells=10**6) == Shape(8192, 8, 10**6)
+    assert chosen(1000, kv_cells=10**6) == Shape(8192, 8, 65536)  # more could never be used
     assert chosen(1000, kv_cells=4096, n_ctx=1024, n_parallel=16) == Shape(1024, 16, 4096)
     assert chosen(10, n_ctx=9000) == Shape(9000, 1, 9000)  # does not fit, and is not made smaller in silence
 
