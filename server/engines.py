@@ -5,8 +5,8 @@ Names are resolved and headers read before any process starts; what starts and e
 
 import hashlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -94,6 +94,7 @@ class Plan:
     footprint: Footprint
     keep_alive_s: float | None = None  # without a request; None: until its room is needed
     preload: bool = True
+    adapter_scales: Mapping[str, float] = field(default_factory=dict)  # of those that a request may name
 
 
 def plan(settings: Settings, store: Store, machine: Machine | None = None) -> dict[str, Plan]:
@@ -120,6 +121,7 @@ class _Draft:
     pieces: tuple[Header, ...]
     drafter: tuple[Header, ...]  # of the small model that drafts tokens, if any
     lora: tuple[tuple[Path, float], ...]
+    adapters: Mapping[str, tuple[Path, float]]  # by name
     cache_folder: Path | None
     is_assistants: bool
 
@@ -130,8 +132,13 @@ class _Draft:
     @property
     def key(self) -> Hashable:
         """Equal for those that can share an engine."""
-        options = msgspec.structs.replace(self.model, model=None, lora=(), preload=None, keep_alive=None)
-        return self.path, self.lora, options
+        plain = {"model": None, "lora": (), "adapters": {}, "preload": None, "keep_alive": None}
+        options = msgspec.structs.replace(self.model, **plain)
+        return self.path, self.lora, tuple(self._adapters), msgspec.json.encode(options)
+
+    @property
+    def _adapters(self) -> Iterator[tuple[str, Path]]:
+        return ((name, path) for name, (path, _) in self.adapters.items())
 
     def cost(self, n_cells: int, n_parallel: int, *, n_drafted: int | None = None) -> Footprint:
         """What it takes with so many cells for so many sequences; `n_drafted`: cells of the draft model."""
@@ -140,7 +147,8 @@ class _Draft:
             self.pieces, n_cells=n_cells, n_parallel=n_parallel,
             type_k=model.kv_type_k or "f16", type_v=model.kv_type_v,
         )  # fmt: skip
-        weights = own.weights_bytes + sum(path.stat().st_size for path, _ in self.lora)
+        adapters = [*self.lora, *self.adapters.values()]
+        weights = own.weights_bytes + sum(path.stat().st_size for path, _ in adapters)
         kv = own.kv_bytes
         if self.drafter:
             draft = footprint(self.drafter, n_cells=n_drafted or n_cells, n_parallel=n_parallel)
@@ -165,6 +173,7 @@ class _Draft:
             kv_type_k=model.kv_type_k,
             kv_type_v=model.kv_type_v,
             lora=self.lora,
+            adapters=tuple(self._adapters),
             max_queue=model.max_queue,
             max_stall_ms=model.max_stall_ms,
             cache_ram_mb=model.cache_ram_mb,
@@ -177,7 +186,8 @@ class _Draft:
         memory = self.cost(
             chosen.n_cells, chosen.n_parallel, n_drafted=chosen.n_ctx * chosen.n_parallel
         )  # a draft model never shares its cells
-        return Plan(self.name, config, control_tokens(self.pieces[0]), facts, memory)
+        scales = {name: scale for name, (_, scale) in self.adapters.items()}
+        return Plan(self.name, config, control_tokens(self.pieces[0]), facts, memory, adapter_scales=scales)
 
 
 def _drafts(settings: Settings, store: Store) -> dict[str, _Draft]:
@@ -198,6 +208,7 @@ def _draft(
 ) -> _Draft:
     path = store.resolve_model(model.model or model_name)
     adapters = tuple(_adapter(entry, path, store) for entry in lora)
+    named = {each: _adapter(entry, path, store) for each, entry in model.adapters.items()}
     drafter = store.resolve_model(model.draft_model) if model.draft_model else None
     folder = None
     if model.cache_disk_mb:
@@ -211,6 +222,7 @@ def _draft(
         pieces=tuple(pieces_of(read_header(path).require("model"))),
         drafter=tuple(pieces_of(read_header(drafter).require("model"))) if drafter else (),
         lora=adapters,
+        adapters=named,
         cache_folder=folder,
         is_assistants=name != model_name,
     )

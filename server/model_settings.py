@@ -17,6 +17,7 @@ Cells = Annotated[int, Meta(ge=16, le=2**31 - 1)]
 CacheMegabytes = Annotated[int, Meta(ge=0, le=2**24)]
 
 DURATION = re.compile(r"(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+)s)?")
+ADAPTER_NAME = re.compile(r"\w[\w.-]{0,99}")
 MAX_DURATION_S = 366 * 24 * 3600
 
 
@@ -48,12 +49,16 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     speculation: Literal["auto", "off"] = "auto"  # draft the next tokens where that is measured to pay
     draft_model: str | None = None  # store name or path of a small GGUF of the same vocabulary that drafts
     lora: tuple[str | Adapter, ...] = ()  # applied to every request
+    adapters: dict[str, str | Adapter] = msgspec.field(default_factory=dict)  # by name, for requests that ask
     preload: bool | None = None  # load at start; None: if named on the command line, or the only one
     keep_alive: str | int | None = (
         None  # stay so long without a request; None: forever if preloaded, else 10m
     )
 
     def __post_init__(self) -> None:
+        for name in self.adapters:
+            if not ADAPTER_NAME.fullmatch(name):
+                raise ValueError(f"adapters: {name[:100]!r} is no name: use letters, digits, `-`, `_`, `.`")
         if self.keep_alive is not None:
             try:
                 seconds(self.keep_alive)
@@ -88,4 +93,9 @@ def seconds(duration: str | int) -> float | None:
 def joined(configured: Model, given: Model) -> Model:
     """A model of the configuration file that the command line names too: its own options, more adapters."""
     preload = given.preload if configured.preload is None else configured.preload
-    return msgspec.structs.replace(configured, lora=(*configured.lora, *given.lora), preload=preload)
+    return msgspec.structs.replace(
+        configured,
+        lora=(*configured.lora, *given.lora),
+        adapters=configured.adapters | given.adapters,
+        preload=preload,
+    )

@@ -49,6 +49,7 @@ class Assistant(SamplingFields, frozen=True, forbid_unknown_fields=True, kw_only
 
     model: str
     lora: tuple[str | Adapter, ...] = ()
+    adapter: str | None = None  # one of the model's `adapters`
     prompt: str | None = None
     prompt_variables: dict[str, str] = msgspec.field(default_factory=dict)
     collection: str | None = None
@@ -108,6 +109,13 @@ def complete(settings: Settings, where: str) -> Settings:
         if name in models:
             raise SettingsError(f"{where}: {name!r} is a model and an assistant; rename one")
         models.setdefault(assistant.model, Model())
+        there = models[assistant.model].adapters
+        if assistant.adapter is not None and assistant.adapter not in there:
+            known = ", ".join(there) or "none"
+            raise SettingsError(
+                f"{where}: assistants.{name}: the model {assistant.model!r} has no adapter "
+                f"{assistant.adapter!r} (there are: {known})"
+            )
     for name in [*models, *settings.assistants, *settings.keys]:
         if not NAME.fullmatch(name):
             raise SettingsError(f"{where}: {name!r} is no name: use letters, digits, `-`, `_`, `.`, `:`")
@@ -199,6 +207,9 @@ def _anchored(settings: Settings, folder: Path) -> Settings:
             model=_anchor(model.model, folder),
             draft_model=_anchor(model.draft_model, folder),
             lora=_anchor_adapters(model.lora, folder),
+            adapters=dict(
+                zip(model.adapters, _anchor_adapters(tuple(model.adapters.values()), folder), strict=True)
+            ),
         )
         for name, model in settings.models.items()
     }

@@ -13,7 +13,7 @@ from models.footprint import Footprint
 PARALLEL_CPU = 8
 PARALLEL_ONE_CORE = 4
 PARALLEL_GPU = 32
-#: Tokens of context for each of them on average. With a longer n_ctx any of them may use up to that as long as
+#: Tokens of context for each of them on average. With a longer n_ctx any of them may use up to that, while
 #: others use less: they share one memory then, which the engine serves somewhat slower than one for each.
 CELLS_EACH = 8192
 #: Where memory is short, fewer requests at once come before less than this for each.

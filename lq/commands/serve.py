@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from models.store import Store
+    from server.model_settings import Adapter
     from server.settings import Model, Settings
 
 
@@ -132,6 +135,14 @@ def serve(
             help="File of accepted API keys, one a line; by default LQ_API_KEY, else none.",
         ),
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=ADAPTER",
+            help="LoRA adapter loaded beside MODEL for requests with `adapter`: NAME; store name, PEFT "
+            "folder or GGUF; may be repeated; none by default.",
+        ),
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -146,7 +157,7 @@ def serve(
     from server.settings import Settings, load, with_models
 
     settings = load(config) if config else Settings()
-    named = named_models(models or [], lora or [])
+    named = named_models(models or [], lora or [], adapter or [])
     key_file = str(api_key_file) if api_key_file else None
     settings = with_models(
         settings, named, host=host, port=port, api_key_file=key_file, memory_budget_mb=memory_budget_mb
@@ -160,24 +171,40 @@ def serve(
     serve_settings(settings, store=stocked(settings, with_embedder=True))
 
 
-def named_models(references: list[str], lora: list[str]) -> dict[str, Model]:
+def named_models(references: list[str], lora: list[str], beside: Sequence[str] = ()) -> dict[str, Model]:
     """Models of the command line by the name that clients will use: the store's, or the file's."""
     from server.settings import DEFAULT_MODEL, Adapter, Model
 
-    if lora and not references:
+    if (lora or beside) and not references:
         references = [DEFAULT_MODEL]
-    if lora and len(references) > 1:
-        raise typer.BadParameter(
-            "with several models, say in lq.toml whose adapter it is", param_hint="--lora"
-        )
+    if (lora or beside) and len(references) > 1:
+        option = "--lora" if lora else "--adapter"
+        raise typer.BadParameter("with several models, say in lq.toml whose adapter it is", param_hint=option)
     adapters = tuple(Adapter(path=each) for each in lora)
     named = {}
     for reference in references:
         name = name_of(reference)
         if name in named:
             raise typer.BadParameter(f"two models would be called {name!r}", param_hint="MODEL")
-        named[name] = Model(model=reference, lora=adapters, preload=True)
+        named[name] = Model(model=reference, lora=adapters, adapters=named_adapters(beside), preload=True)
     return named
+
+
+def named_adapters(texts: Sequence[str]) -> dict[str, str | Adapter]:
+    """Adapters by the name that requests will use, from NAME=ADAPTER."""
+    from server.model_settings import ADAPTER_NAME, Adapter
+
+    found: dict[str, str | Adapter] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not (equals and path and ADAPTER_NAME.fullmatch(name)):
+            raise typer.BadParameter(
+                f"{text!r}: give NAME=ADAPTER, such as legal=out/legal", param_hint="--adapter"
+            )
+        if name in found:
+            raise typer.BadParameter(f"two adapters would be called {name!r}", param_hint="--adapter")
+        found[name] = Adapter(path=path)
+    return found
 
 
 def name_of(reference: str) -> str:

@@ -4,6 +4,7 @@ from litestar import Request, post
 from litestar.response.base import ASGIResponse
 
 from server import answer
+from server.adapters import adapted
 from server.holding import Holding
 from server.prepare_chat import chat
 from server.routes.completing import complete
@@ -17,7 +18,7 @@ from server.work import Work
 async def chat_completions(request: Request) -> ASGIResponse:
     """Answer a conversation, with passages of a collection when one is named."""
     async with Holding() as holding:
-        prepare = holding.before(chat)
+        prepare = holding.before(adapted(chat))
         response = await complete(
             request, ChatRequest, prepare, prefix="chatcmpl", frames=ChatFrames, whole=whole
         )

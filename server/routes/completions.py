@@ -4,6 +4,7 @@ from litestar import Request, post
 from litestar.response.base import ASGIResponse
 
 from server import answer
+from server.adapters import adapted
 from server.holding import Holding
 from server.prepare_completion import completion
 from server.routes.completing import complete
@@ -17,7 +18,7 @@ from server.work import Work
 async def completions(request: Request) -> ASGIResponse:
     """Continue one or several texts as they are."""
     async with Holding() as holding:
-        prepare = holding.before(completion)
+        prepare = holding.before(adapted(completion))
         response = await complete(
             request, CompletionRequest, prepare, prefix="cmpl", frames=TextFrames, whole=whole
         )

@@ -48,6 +48,8 @@ class GenerationFields(SamplingFields, frozen=True, forbid_unknown_fields=True, 
     max_tokens: Positive | None = None
     stream: bool | None = None
     stream_options: "StreamOptions | None" = None
+    adapter: Annotated[str, Meta(max_length=100)] | None = None  # "": none, whatever the assistant says
+    adapter_scale: Annotated[float, Meta(ge=-100, le=100)] | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     # Accepted, because they cannot change an answer here.
     user: str | None = None

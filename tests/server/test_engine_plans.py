@@ -87,6 +87,81 @@ def test_what_is_no_model_or_adapter_is_refused_before_anything_starts(store, ad
             plan(Settings(models={"m": Model(model=model, lora=lora)}), store)
 
 
+def beside(adapter) -> Settings:
+    """The adapter by name, for requests and an assistant that ask for it."""
+    models = {SMOL: Model(n_ctx=256, n_parallel=2, threads=1, adapters={"odd": str(adapter)})}
+    return complete(
+        Settings(models=models, assistants={"tuned": Assistant(model=SMOL, adapter="odd")}), "test"
+    )
+
+
+def test_adapters_beside_the_model_share_its_engine_and_are_known_by_name(store, adapter):
+    plans = plan(beside(adapter), store)
+    assert plans["tuned"] == plans[SMOL]
+    ((name, path),) = plans[SMOL].config.adapters
+    assert (name, path.suffix, plans[SMOL].adapter_scales) == ("odd", ".gguf", {"odd": 1.0})
+    assert plans[SMOL].config.lora == ()
+    with_it, without = plans[SMOL].footprint, plan(settings(adapter), store)[SMOL].footprint
+    assert with_it.weights_bytes == without.weights_bytes + path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"model": SMOL}, ()),
+        ({"model": "tuned"}, (("odd", 1.0),)),
+        ({"model": "tuned", "adapter": ""}, ()),
+        ({"model": SMOL, "adapter": "odd"}, (("odd", 1.0),)),
+        ({"model": SMOL, "adapter": "odd", "adapter_scale": 0.5, "n": 2}, (("odd", 0.5),)),
+        ({"model": SMOL, "adapter": "nope"}, "'nope' is not loaded; there are: odd"),
+        ({"model": SMOL, "adapter_scale": 2}, "adapter_scale needs an `adapter`"),
+        ({"model": SMOL, "adapter": 3}, "adapter"),
+        ({"model": SMOL, "adapter": "odd", "adapter_scale": 101}, "adapter_scale"),
+    ],
+)
+def test_a_request_or_its_assistant_names_the_adapter(store, adapter, make_engine, fields, named):
+    engine = make_engine()
+
+    async def start(_config):
+        return engine
+
+    async def ask():
+        async with (
+            opened(beside(adapter), store=store, start=start) as service,
+            httpx.AsyncClient(transport=InProcess(create_app(service)), base_url=BASE_URL) as client,
+        ):
+            body = {"messages": [{"role": "user", "content": "Hi"}]} | fields
+            return await client.post("/v1/chat/completions", json=body)
+
+    response = asyncio.run(ask())
+    if isinstance(named, str):
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert named in error["message"] + error["param"]
+        assert engine.requests == []
+    else:
+        assert response.status_code == 200
+        assert [request.adapters for request in engine.requests] == [named] * fields.get("n", 1)
+
+
+def test_an_adapter_beside_the_model_changes_the_answers_that_ask_for_it_and_no_other(store, adapter):
+    async def ask_all() -> list[str]:
+        async with opened(beside(adapter), store=store) as service:
+            transport = InProcess(create_app(service))
+            async with httpx.AsyncClient(transport=transport, base_url=BASE_URL, timeout=120) as client:
+                bodies = [{"model": SMOL}, {"model": "tuned"}, {"model": SMOL, "adapter": "odd"}]
+                bodies += [{"model": "tuned", "adapter": ""}, {"model": "tuned", "adapter_scale": 0.0}]
+                question = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+                question |= {"temperature": 0, "max_tokens": 8}
+                asked = [client.post("/v1/chat/completions", json=question | body) for body in bodies]
+                answers = [response.json() for response in await asyncio.gather(*asked)]
+                return [answer["choices"][0]["message"]["content"] for answer in answers]
+
+    base, tuned, named, without, scaled_to_nothing = asyncio.run(ask_all())
+    assert base == without == scaled_to_nothing
+    assert tuned == named != base
+
+
 def test_an_assistant_with_an_adapter_answers_otherwise_than_its_model(store, adapter):
     async def ask_both() -> list[str]:
         async with opened(settings(adapter), store=store) as service:

@@ -90,6 +90,19 @@ def test_an_engine_option_that_cannot_be_is_named(options, words):
         assert word in str(error.value)
 
 
+def test_adapters_beside_the_model_are_given_by_name():
+    named = named_models([], [], ["legal=out/legal", "terse=a=b.gguf"])
+    adapters = {"legal": Adapter(path="out/legal"), "terse": Adapter(path="a=b.gguf")}
+    assert named == {SMOL: Model(model=SMOL, adapters=adapters, preload=True)}
+    for wrong in ("legal", "=x", "legal=", "a b=x"):
+        with pytest.raises(typer.BadParameter, match="give NAME=ADAPTER"):
+            named_models([], [], [wrong])
+    with pytest.raises(typer.BadParameter, match="two adapters would be called 'a'"):
+        named_models([], [], ["a=x", "a=y"])
+    with pytest.raises(typer.BadParameter, match="whose adapter"):
+        named_models(["a", "b"], [], ["a=x"])
+
+
 @pytest.fixture
 def pulled(monkeypatch, tmp_path):
     """Names that would be pulled into an empty store; those in `pulled.fails` raise."""

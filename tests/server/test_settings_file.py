@@ -52,7 +52,7 @@ def test_paths_are_relative_to_the_file_and_store_names_stay(written, tmp_path):
     (tmp_path / "keys").write_text("k")
     text = (
         '[server]\napi_key_file = "keys"\n[models.a]\nmodel = "./m.gguf"\n'
-        'lora = ["stored", {path="x/y", scale=0.5}]'
+        'lora = ["stored", {path="x/y", scale=0.5}]\nadapters = {legal = "x/z"}'
         '\n[models.b]\nmodel = "stored"\n[assistants.c]\nmodel = "a"\nprompt = "p/q.prompt"\n'
     )
     settings = load(written(text))
@@ -62,6 +62,7 @@ def test_paths_are_relative_to_the_file_and_store_names_stay(written, tmp_path):
         Adapter(path="stored"),
         Adapter(path=str(tmp_path / "x/y"), scale=0.5),
     )
+    assert settings.models["a"].adapters == {"legal": Adapter(path=str(tmp_path / "x/z"))}
     assert settings.models["b"].model == "stored"
     assert settings.assistants["c"].prompt == str(tmp_path / "p/q.prompt")
 
@@ -84,6 +85,12 @@ def test_an_assistant_may_name_a_model_of_the_store(written):
             ["`models.a`", "keep_alive", "'ten minutes' is no duration"],
         ),
         ("[models.a]\nkeep_alive = -1", ["`models.a`", "keep_alive", "'-1' is no duration"]),
+        ('[models.a]\nadapters = {"a/b" = "x"}', ["`models.a`", "'a/b' is no name"]),
+        ('[models.a]\nadapters = ["x"]', ["`models.a.adapters`", "object"]),
+        (
+            '[models.a]\nadapters = {x = "x"}\n[assistants.b]\nmodel = "a"\nadapter = "y"',
+            ["assistants.b", "'a' has no adapter 'y'", "x"],
+        ),
         ("[models.a]\nn_ctx = 100\nkv_cells = 99", ["`models.a`", "kv_cells is 99", "100 of n_ctx"]),
         ("[server]\nmemory_budget_mb = 0", ["`server.memory_budget_mb`", "0"]),
         ('[models.a]\nlora = [{pth = "x"}]', ["models.a.lora[0]", "pth"]),
