@@ -24,6 +24,8 @@ from engine.request import (
     EngineUnavailable,
     Event,
     GenerationRequest,
+    Pooled,
+    PooledRequest,
     check_text,
 )
 
@@ -49,8 +51,8 @@ _COUNTERS = (
 class _Stream:
     """A request on its way and where its events go."""
 
-    request: GenerationRequest
-    events: asyncio.Queue[Event | EngineError] = field(default_factory=asyncio.Queue)
+    request: GenerationRequest | PooledRequest
+    events: asyncio.Queue[Event | Pooled | EngineError] = field(default_factory=asyncio.Queue)
     begun: bool = False  # something of it was answered
     replayed: bool = False  # it has outlived a process
 
@@ -93,11 +95,29 @@ class Engine:
         """Of the process; None while there is none."""
         return self._process.pid
 
-    async def submit(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    def submit(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """The events of one request, the last a Done. Closing the generator cancels the request.
 
         Raises InvalidRequest, ContextOverflow, QueueFull, EngineRestarted or EngineUnavailable.
         """
+        return self._events(request)
+
+    async def embed(self, texts: Sequence[str]) -> Pooled:
+        """An embedding model's vectors, (texts, width) of length 1. Cancelling the call cancels the work.
+
+        Raises InvalidRequest, InputTooLong, QueueFull, EngineRestarted or EngineUnavailable.
+        """
+        return await self._pooled(PooledRequest(tuple(texts)))
+
+    async def rerank(self, query: str, documents: Sequence[str]) -> Pooled:
+        """A reranking model's scores of documents, as it gives them; raises what `embed` does."""
+        return await self._pooled(PooledRequest(tuple(documents), query))
+
+    async def _pooled(self, request: PooledRequest) -> Pooled:
+        async with contextlib.aclosing(self._events(request)) as events:
+            return await anext(events)
+
+    async def _events(self, request: GenerationRequest | PooledRequest) -> AsyncGenerator[Any, None]:
         request.validate()
         await self._until_running()
         id, stream = next(self._ids), _Stream(request)
@@ -108,7 +128,7 @@ class Engine:
                 event = await stream.events.get()
                 if isinstance(event, EngineError):
                     raise event
-                if isinstance(event, Done):
+                if isinstance(event, Done | Pooled):
                     del self._streams[id]
                     yield event
                     return

@@ -25,12 +25,15 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 from llama_cpp import _ggml as ggml_library
 from llama_cpp import llama_cpp as native
 
-from engine.request import EngineError, KVType, ModelLoadFailed
+from engine.request import EngineError, KVType, ModelLoadFailed, Pooling
 from engine.runs import LONGEST_RUN, without_long_runs
 from engine.tensor import Tensor, TensorView
 
 KV_TYPES: dict[KVType, int] = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
+POOLINGS: dict[str, Pooling] = {"1": "mean", "2": "cls", "3": "last", "4": "rank"}  # as metadata writes it
+_POOLING_NUMBERS = {pooling: int(number) for number, pooling in POOLINGS.items()}
 _BPE = 2  # LLAMA_VOCAB_TYPE_BPE
+_CONTROL = 8  # LLAMA_TOKEN_ATTR_CONTROL
 _SPACE_SPLITTERS = frozenset({"bloom", "gpt3-finnish", "poro-chat", "viking", "whitespace"})
 _ERROR_LEVELS = (3, 4)  # GGML_LOG_LEVEL_WARN, GGML_LOG_LEVEL_ERROR
 _LOG_LINES_KEPT = 40
@@ -156,6 +159,22 @@ class Model(Handle):
         return native.llama_model_n_embd(self.pointer)
 
     @cached_property
+    def n_pooled(self) -> int:
+        """Numbers that one pooled sequence has: an embedding's width."""
+        return native.llama_model_n_embd_out(self.pointer)
+
+    @cached_property
+    def pooling(self) -> Pooling | None:
+        """How the file says that a sequence's tokens become one result; None for a model of text."""
+        key = f"{self.metadata.get('general.architecture')}.pooling_type"
+        return POOLINGS.get(self.metadata.get(key, ""))
+
+    @cached_property
+    def has_encoder(self) -> bool:
+        """Whether it has an encoder beside or instead of a decoder, as T5 does; BERT does not count."""
+        return native.llama_model_has_encoder(self.pointer)
+
+    @cached_property
     def n_layer(self) -> int:
         return native.llama_model_n_layer(self.pointer)
 
@@ -183,6 +202,12 @@ class Model(Handle):
         return template.decode("utf-8") if template else None
 
     @property
+    def rerank_template(self) -> str | None:
+        """A reranker's prompt with {query} and {document} in it; None for those that take a plain pair."""
+        template = native.llama_model_chat_template(self.pointer, b"rerank")
+        return template.decode("utf-8") if template else None
+
+    @property
     def bos_id(self) -> int | None:
         return _token_or_none(native.llama_vocab_bos(self.vocab))
 
@@ -195,8 +220,27 @@ class Model(Handle):
         return _token_or_none(native.llama_vocab_eot(self.vocab))
 
     @property
+    def sep_id(self) -> int | None:
+        return _token_or_none(native.llama_vocab_sep(self.vocab))
+
+    @property
     def adds_bos(self) -> bool:
         return native.llama_vocab_get_add_bos(self.vocab)
+
+    @property
+    def adds_eos(self) -> bool:
+        return native.llama_vocab_get_add_eos(self.vocab)
+
+    @property
+    def adds_sep(self) -> bool:
+        return native.llama_vocab_get_add_sep(self.vocab)
+
+    @property
+    def control_texts(self) -> frozenset[str]:
+        """How the vocabulary writes its control tokens."""
+        tokens = range(self.n_vocab)
+        control = (t for t in tokens if native.llama_vocab_get_attr(self.vocab, t) & _CONTROL)
+        return frozenset(filter(None, map(self.token_text, control)))
 
     @cached_property
     def eog_tokens(self) -> frozenset[int]:
@@ -321,6 +365,8 @@ class Context(Handle):
         type_v: KVType = "f16",
         n_outputs_max: int | None = None,
         unified: bool = False,
+        pooling: Pooling | None = None,
+        flash_attention: bool | None = None,
         wants_tensor: Callable[[Tensor], bool] | None = None,
         on_tensor: Callable[[TensorView], None] | None = None,
     ) -> "Context":
@@ -330,7 +376,9 @@ class Context(Handle):
         computes does not depend on its neighbours; unified, prefixes are shared without a copy.
         `on_tensor` sees each computed tensor that `wants_tensor` picked; what it raises comes out of
         `decode`. `n_outputs_max` bounds the logits of one call (None: all tokens may have some).
-        Raises ModelLoadFailed.
+        `pooling` is how calls after `pool(True)` make one result of each sequence. `flash_attention` reads
+        keys as f16 and needs no matrix of all pairs of tokens; None: where llama.cpp can. Raises
+        ModelLoadFailed.
         """
         _log.lines.clear()
         parameters = native.llama_context_default_params()
@@ -341,6 +389,10 @@ class Context(Handle):
         parameters.n_threads = parameters.n_threads_batch = n_threads or default_threads()
         parameters.type_k, parameters.type_v = KV_TYPES[type_k], KV_TYPES[type_v]
         parameters.kv_unified = unified
+        if pooling is not None:
+            parameters.pooling_type = _POOLING_NUMBERS[pooling]
+        if flash_attention is not None:
+            parameters.flash_attn_type = int(flash_attention)  # LLAMA_FLASH_ATTN_TYPE_DISABLED, _ENABLED
         parameters.swa_full = True  # else prefixes could not be shared or cut
         parameters.no_perf = True
         watcher = None
@@ -370,6 +422,22 @@ class Context(Handle):
         if view is None:  # llama.cpp keeps its buffer, and building a view costs as much as choosing a token
             view = self._views[address] = np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,))
         return view
+
+    def pool(self, on: bool) -> None:
+        """Whether the calls that follow pool their sequences; no call gives logits then."""
+        native.llama_set_embeddings(self.pointer, on)
+
+    def pooled(self, sequence: int, width: int) -> np.ndarray:
+        """A copy of the (width,) float32 result of a sequence of the last call, which pooled."""
+        pointer = native.llama_get_embeddings_seq(self.pointer, sequence)
+        if not pointer:
+            raise IndexError(f"sequence {sequence} was not in the last call")
+        return np.ctypeslib.as_array(pointer, shape=(width,)).copy()
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether tokens look back only, and later calls may go on from what is in the memory."""
+        return bool(self.memory) and native.llama_get_causal_attn(self.pointer)
 
     def remove(self, sequence: int, start: int = 0, end: int = -1) -> None:
         """Forget positions [start, end) of a sequence; -1 means to its end."""

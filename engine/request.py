@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
+
 from engine.grammar import grammar_problem
 
 MAX_STOP_STRINGS = 32
@@ -16,9 +18,13 @@ MAX_LOGIT_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_PROMPT_CHARACTERS = 32 * 2**20
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
+MAX_POOLED_INPUTS = 2048
 
 FinishReason = Literal["stop", "length", "cancelled"]
 KVType = Literal["f16", "bf16", "f32", "q8_0", "q4_0"]
+Kind = Literal["text", "embedding", "rerank"]
+Pooling = Literal["mean", "cls", "last", "rank"]  # how a sequence's tokens become one result
+EMBEDDING_POOLINGS: tuple[Pooling, ...] = ("mean", "cls", "last")
 
 
 class EngineError(Exception):
@@ -43,6 +49,16 @@ class ContextOverflow(EngineError):
         )
         self.n_prompt_tokens = n_prompt_tokens
         self.n_ctx = n_ctx
+
+
+class InputTooLong(InvalidRequest):
+    """A text to embed or rank is longer than the model reads at once; `index` counts from 0."""
+
+    def __init__(self, index: int, size: str, limit: str) -> None:
+        super().__init__(f"input {index} has {size} and the model reads {limit}: split it", field="input")
+        self.index = index
+        self.size = size
+        self.limit = limit
 
 
 class QueueFull(EngineError):
@@ -207,6 +223,27 @@ class GenerationRequest:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class PooledRequest:
+    """Texts of which a model makes one result each: an embedding, or with a `query` a score."""
+
+    inputs: tuple[str, ...]
+    query: str | None = None
+
+    def validate(self) -> None:
+        """Raise InvalidRequest for the first field that cannot be read."""
+        if not isinstance(self.inputs, tuple | list) or not 0 < len(self.inputs) <= MAX_POOLED_INPUTS:
+            raise InvalidRequest(f"give 1 to {MAX_POOLED_INPUTS} texts in a list", field="input")
+        for index, text in enumerate(self.inputs):
+            check_text(f"input {index}", text)
+            if not text:
+                raise InvalidRequest(f"input {index} is empty: give at least one character", field="input")
+        if self.query is not None:
+            check_text("query", self.query)
+            if not self.query:
+                raise InvalidRequest("the query is empty: give at least one character", field="query")
+
+
 class TokenLogprob(NamedTuple):
     """Natural logarithms of the model's own probabilities, before any sampling stage."""
 
@@ -248,12 +285,22 @@ class Done:
 Event = Delta | Done
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Pooled:
+    """All that a PooledRequest gives, in the order of its inputs."""
+
+    values: np.ndarray  # float32: (inputs, width) embeddings of length 1, or (inputs,) scores
+    n_tokens: int  # that were read
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """How to load a model and how much it may serve at once."""
 
     model_path: Path
-    n_ctx: int = 4096  # tokens one request may use, answer included
+    kind: Kind = "text"
+    pooling: Pooling | None = None  # of an embedding model; None: as its file says
+    n_ctx: int = 4096  # tokens one request may use, answer included; of one text, for an embedding
     n_parallel: int = 4  # sequences decoded together
     kv_cells: int | None = None  # tokens of all sequences together; None: n_ctx * n_parallel
     n_threads: int | None = None  # None: physical cores that this process may use
@@ -276,6 +323,7 @@ class EngineConfig:
 
     def validate(self) -> None:
         """Raise InvalidRequest for the first field out of range."""
+        self._validate_kind()
         _whole("n_ctx", self.n_ctx, 16, 2**24)
         _whole("n_parallel", self.n_parallel, 1, MAX_SEQUENCES)
         self._validate_cache()
@@ -297,6 +345,20 @@ class EngineConfig:
             raise InvalidRequest(
                 f"speculation is {self.speculation!r}; give auto or off", field="speculation"
             )
+
+    def _validate_kind(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise InvalidRequest(
+                f"kind is {self.kind!r}; give one of {', '.join(get_args(Kind))}", field="kind"
+            )
+        if self.pooling is not None and (self.kind != "embedding" or self.pooling not in EMBEDDING_POOLINGS):
+            raise InvalidRequest(
+                f"pooling is {self.pooling!r} of a model of kind {self.kind}; an embedding model takes "
+                f"{', '.join(EMBEDDING_POOLINGS)}",
+                field="pooling",
+            )
+        if self.kind != "text" and (self.lora or self.adapters):
+            raise InvalidRequest("adapters are for models that write text", field="lora")
 
     def _validate_cache(self) -> None:
         if self.kv_cells is not None:
@@ -336,6 +398,7 @@ class EngineInfo:
     add_bos: bool
     gpu: str | None  # device name; None: everything runs on the CPU
     n_threads: int
+    pooling: Pooling | None = None  # of a model that does not write text
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,8 @@ from engine.request import (
     EngineStats,
     Event,
     GenerationRequest,
+    Pooled,
+    PooledRequest,
 )
 
 HEADER = struct.Struct("<I?")  # bytes that follow; whether they are a pickle
@@ -59,7 +61,7 @@ class Start:
 @dataclass(frozen=True, slots=True)
 class Submit:
     id: int
-    request: GenerationRequest
+    request: GenerationRequest | PooledRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ class Answer:
 class Outputs(NamedTuple):
     """What one step gave, or several; with a snapshot when a request ended."""
 
-    items: Sequence[tuple[int, Event | Failure]]
+    items: Sequence[tuple[int, Event | Pooled | Failure]]
     stats: EngineStats | None = None
 
     @property

@@ -13,14 +13,16 @@ import sys
 import time
 import traceback
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.metadata import version
 
-from engine import wire
+from engine import pooled, wire
 from engine.drafter import Drafter
 from engine.llama import Adapter, Context, Model, gpu_name
 from engine.loop import Loop
 from engine.memory import uses_mmap
 from engine.pace import Pace
+from engine.pooled import PooledLoop
 from engine.request import (
     Delta,
     EngineConfig,
@@ -28,8 +30,12 @@ from engine.request import (
     EngineInfo,
     EngineStats,
     Event,
+    GenerationRequest,
+    InvalidRequest,
     KVType,
     ModelLoadFailed,
+    Pooled,
+    PooledRequest,
 )
 from engine.states import States
 
@@ -79,12 +85,16 @@ class Channel:
         return messages
 
 
-def load(config: EngineConfig, stack: ExitStack) -> tuple[Loop, EngineInfo]:
-    """Model, context and adapters as configured; freed when `stack` closes."""
+def load(config: EngineConfig, stack: ExitStack) -> tuple[Loop | PooledLoop, EngineInfo]:
+    """Model, context and adapters as configured, and the loop of its kind; freed when `stack` closes."""
     use_mmap = uses_mmap(config, on_gpu=offload_device(config) is not None)
     model = stack.enter_context(
         Model.open(config.model_path, n_gpu_layers=config.n_gpu_layers, use_mmap=use_mmap)
     )
+    if config.kind != "text":
+        loop = pooled.open_loop(model, config, stack)
+        info = describe(config, model, loop.context)
+        return loop, replace(info, n_ctx=loop.n_ctx, pooling=loop.pooling)
     if not model.writes_text:
         raise ModelLoadFailed(f"{config.model_path}: {model.description} does not write text")
     context = stack.enter_context(open_context(model, config))
@@ -234,12 +244,12 @@ def describe(config: EngineConfig, model: Model, context: Context) -> EngineInfo
     )
 
 
-def handle(command: wire.Command, loop: Loop, channel: Channel) -> None:
+def handle(command: wire.Command, loop: Loop | PooledLoop, channel: Channel) -> None:
     """Do what one message asks."""
     match command:
         case wire.Submit(id, request):
             try:
-                loop.submit(id, request)
+                submit(id, request, loop)
             except Exception as error:  # a request must not end the others
                 channel.send(wire.Outputs([(id, failure(error))]))
         case wire.Cancel(id):
@@ -252,7 +262,20 @@ def handle(command: wire.Command, loop: Loop, channel: Channel) -> None:
             channel.send(wire.Answer(command.id, value))
 
 
-def answer(question: wire.Question, loop: Loop) -> list[int] | str | EngineStats:
+def submit(id: int, request: GenerationRequest | PooledRequest, loop: Loop | PooledLoop) -> None:
+    """Queue a request; raises InvalidRequest when the loop is of another kind, or what the loop raises."""
+    if isinstance(loop, PooledLoop):
+        if not isinstance(request, PooledRequest):
+            does = "ranks documents" if loop.kind == "rerank" else "embeds texts"
+            raise InvalidRequest(f"this model {does} and writes none", field="prompt")
+        loop.submit(id, request)
+    elif isinstance(request, PooledRequest):
+        raise InvalidRequest("this model writes text; it was not loaded to embed or rank any", field="input")
+    else:
+        loop.submit(id, request)
+
+
+def answer(question: wire.Question, loop: Loop | PooledLoop) -> list[int] | str | EngineStats:
     """The value that was asked for."""
     match question:
         case wire.Tokenize(_, text, add_special, parse_special):
@@ -294,7 +317,7 @@ def run(channel: Channel) -> None:
 class Outbox:
     """What steps gave, sent at once or held for `hold_s` at most, so that one message carries more."""
 
-    def __init__(self, channel: Channel, loop: Loop, *, hold_s: float = HOLD_S) -> None:
+    def __init__(self, channel: Channel, loop: Loop | PooledLoop, *, hold_s: float = HOLD_S) -> None:
         self._channel = channel
         self._loop = loop
         self._hold_s = hold_s
@@ -310,7 +333,7 @@ class Outbox:
         outputs = self._loop.step()
         if not outputs:
             return
-        ends: list[tuple[int, Event | EngineError]] = []
+        ends: list[tuple[int, Event | Pooled | EngineError]] = []
         for id, event in outputs:
             assert isinstance(id, int)
             if type(event) is Delta:
@@ -323,9 +346,9 @@ class Outbox:
         if ends or not is_short or next_s > self._sent_s + self._hold_s:
             self._send(ends, now)
 
-    def _send(self, ends: list[tuple[int, Event | EngineError]], now: float) -> None:
+    def _send(self, ends: list[tuple[int, Event | Pooled | EngineError]], now: float) -> None:
         """One message with all text since the last one, and what ended requests."""
-        items: list[tuple[int, Event | wire.Failure]] = list(self._text.items())
+        items: list[tuple[int, Event | Pooled | wire.Failure]] = list(self._text.items())
         for id, event in ends:
             items.append((id, wire.Failure.of(event) if isinstance(event, EngineError) else event))
         self._text.clear()
