@@ -26,7 +26,7 @@ from engine.request import (
     QueueFull,
 )
 from engine.sampling import Sampler
-from engine.scheduler import Scheduler
+from engine.scheduler import TILE, Scheduler
 from engine.sequence import Action, Begin, Chunk, Drop, Plan, Save, Sequence
 from engine.stash import Demote, Discard, State
 from engine.states import States
@@ -140,7 +140,7 @@ class Loop:
         if not plan.chunks:
             return []
         self._use(plan.adapters)
-        outputs = self._decode(plan.chunks)
+        outputs = [output for call in self._calls(plan.chunks) for output in self._decode(call)]
         seconds = time.perf_counter() - started
         self._learn(plan, seconds)
         self.figures.counters.decode_steps_total += 1
@@ -279,6 +279,18 @@ class Loop:
         n_writing = sum(len(chunk.tokens) for chunk in plan.chunks if chunk.is_writing)
         n_prompt = sum(len(chunk.tokens) for chunk in plan.chunks) - n_writing
         self.pace.learn(n_writing=n_writing, n_prompt=n_prompt, seconds=seconds)
+
+    def _calls(self, chunks: list[Chunk]) -> list[list[Chunk]]:
+        """In streams, each tile's chunk by itself: llama.cpp cuts calls of unequal chunks into equal ones.
+
+        So that a chunk of a tile beside a shorter one would lose its first tokens to the other's part, and
+        with them the kernel for tiles. A unified memory is not cut.
+        """
+        if self.context.unified:
+            return [chunks]
+        small = [chunk for chunk in chunks if len(chunk.tokens) < TILE]
+        large = [[chunk] for chunk in chunks if len(chunk.tokens) >= TILE]
+        return [small, *large] if small else large
 
     def _decode(self, chunks: list[Chunk]) -> list[Output]:
         batch = self.context.batch

@@ -12,6 +12,7 @@ from typing import TypeVar
 K = TypeVar("K", bound=Hashable)
 
 MIN_PROMPT = 8  # tokens of prompts in every call, whatever the stall: a prompt must come to its end
+TILE = 64  # tokens of a sequence from which on attention is computed in tiles (scheduler.py)
 CAUTION = 0.85  # of the stall is planned for, since times vary
 SMOOTHING = 0.3  # weight of the newest time
 WORTH = 1.03  # guesses must promise this much more to be tried
@@ -26,7 +27,7 @@ class Pace:
     def __init__(self, *, max_stall_s: float | None = None) -> None:
         self.max_stall_s = max_stall_s
         self._writing_s: dict[int, float] = {}  # a call by its tokens, none of them of prompts
-        self._prompt_token_s: float | None = None
+        self._prompt_token_s: dict[bool, float] = {}  # in chunks of a tile or more, and in smaller ones
 
     def learn(self, *, n_writing: int, n_prompt: int, seconds: float) -> None:
         """A call held so many tokens of writing sequences, guesses too, and of prompts."""
@@ -35,10 +36,11 @@ class Pace:
             self._writing_s[n_writing] = before + SMOOTHING * (seconds - before)
         elif n_prompt >= MIN_PROMPT:
             a_token_s = max(1e-9, seconds - self.writing_s(n_writing)) / n_prompt
-            before_s = self._prompt_token_s or a_token_s
+            in_tiles = n_prompt >= TILE
+            before_s = self._prompt_token_s.get(in_tiles, a_token_s)
             # Faster up than down: a prompt's later tokens take longer than its first ones.
             weight = max(SMOOTHING, 0.6 * (a_token_s > before_s))
-            self._prompt_token_s = before_s + weight * (a_token_s - before_s)
+            self._prompt_token_s[in_tiles] = before_s + weight * (a_token_s - before_s)
 
     def writing_s(self, n_tokens: int) -> float:
         """Seconds of a call of so many writing sequences' tokens: between known ones on a line."""
@@ -60,10 +62,15 @@ class Pace:
         """Prompt tokens that the next call may hold beside writing sequences; None: any number."""
         if self.max_stall_s is None or not n_writing:
             return None
-        if self._prompt_token_s is None:
+        if not self._prompt_token_s:
             return MIN_PROMPT
-        room_s = CAUTION * self.max_stall_s - self.writing_s(n_writing)
-        return max(MIN_PROMPT, int(room_s / self._prompt_token_s))
+        small_s = self._prompt_token_s.get(False) or self._prompt_token_s[True]
+        tiled_s = self._prompt_token_s.get(True) or small_s
+        room_s = self.max_stall_s - self.writing_s(n_writing)
+        n_tiles = int(CAUTION * room_s / (tiled_s * TILE))
+        if n_tiles == 0 and room_s >= tiled_s * TILE:
+            n_tiles = 1  # less caution: smaller chunks take twice the time a token
+        return n_tiles * TILE or max(MIN_PROMPT, int(CAUTION * room_s / small_s))
 
 
 @dataclass(slots=True)

@@ -307,7 +307,7 @@ class EngineConfig:
     n_gpu_layers: int | None = None  # None: all, if the build has a GPU backend
     use_mmap: bool | None = None  # weights stay in the file's pages; None: when memory is short (memory.py)
     n_batch: int = 512  # tokens of one prefill chunk
-    kv_type_k: KVType | None = None  # None: bf16 on the CPU (see worker.py), f16 on a GPU
+    kv_type_k: KVType = "f16"
     kv_type_v: KVType = "f16"
     lora: tuple[tuple[Path, float], ...] = ()  # (GGUF adapter, scale), applied to every request
     adapters: tuple[tuple[str, Path], ...] = ()  # (name, GGUF adapter): loaded beside, used by who names them
@@ -336,7 +336,7 @@ class EngineConfig:
         _whole("n_batch", self.n_batch, 1, 2**16)
         _whole("max_queue", self.max_queue, 0, 2**20)
         for name, kind in (("kv_type_k", self.kv_type_k), ("kv_type_v", self.kv_type_v)):
-            if kind not in get_args(KVType) and not (kind is None and name == "kv_type_k"):
+            if kind not in get_args(KVType):
                 known = ", ".join(get_args(KVType))
                 raise InvalidRequest(f"{name} is {kind!r}; give one of {known}", field=name)
         for path, scale in self.lora:

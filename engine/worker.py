@@ -24,6 +24,7 @@ from engine.memory import uses_mmap
 from engine.pace import Pace
 from engine.pooled import PooledLoop
 from engine.request import (
+    EMBEDDING_POOLINGS,
     Delta,
     EngineConfig,
     EngineError,
@@ -32,7 +33,6 @@ from engine.request import (
     Event,
     GenerationRequest,
     InvalidRequest,
-    KVType,
     ModelLoadFailed,
     Pooled,
     PooledRequest,
@@ -47,7 +47,7 @@ RECEIVE_BYTES = 1 << 16  # read at a time
 HOLD_S = 0.025
 
 GUESSES = 16  # logits that a call may have for guessed tokens, beside one a sequence
-WARM_UP_TOKENS = 32
+WARM_UP_TOKENS = (32, 128)  # below a tile, and above
 
 
 class ClientGone(Exception):
@@ -94,9 +94,12 @@ def load(config: EngineConfig, stack: ExitStack) -> tuple[Loop | PooledLoop, Eng
     if config.kind != "text":
         loop = pooled.open_loop(model, config, stack)
         info = describe(config, model, loop.context)
-        return loop, replace(info, n_ctx=loop.n_ctx, pooling=loop.pooling)
+        return loop, replace(info, n_ctx=loop.n_ctx, n_embd=model.n_pooled, pooling=loop.pooling)
     if not model.writes_text:
-        raise ModelLoadFailed(f"{config.model_path}: {model.description} does not write text")
+        raise ModelLoadFailed(
+            f"{config.model_path}: {model.description} does not write text; if it is there to embed it, say "
+            f"how with pooling: {', '.join(EMBEDDING_POOLINGS)}"
+        )
     context = stack.enter_context(open_context(model, config))
     applied = [(Adapter(model, path), scale) for path, scale in config.lora]
     adapters = {name: Adapter(model, path) for name, path in config.adapters}
@@ -141,7 +144,7 @@ def open_context(model: Model, config: EngineConfig) -> Context:
         n_seq_max=config.n_parallel,
         n_outputs_max=config.n_parallel + (GUESSES if config.speculation == "auto" else 0),
         n_threads=config.n_threads,
-        type_k=config.kv_type_k or default_key_type(config),
+        type_k=config.kv_type_k,
         type_v=config.kv_type_v,
         unified=n_cells < enough,
     )
@@ -171,18 +174,6 @@ def fingerprint(config: EngineConfig) -> str:
     return hashlib.sha256(repr([*parts, version("llama-cpp-python")]).encode()).hexdigest()
 
 
-def default_key_type(config: EngineConfig) -> KVType:
-    """bf16 on the CPU, so that a text does not depend on how many others are written beside it.
-
-    With keys and values of one type, llama.cpp's CPU attention takes another kernel for calls of 64 tokens
-    and more, and splits one lone token over the threads from 512 cells on: the last bits differ, and
-    quantized activations make much of last bits. Measured with 16 greedy streams of 64 tokens: f16 12 of 16
-    differ from the text alone, bf16 none. Mean KL to f32 keys 4.42e-3 (bf16), 4.48e-3 (f16), which is the
-    noise of the activations; decode as fast, prefill 5 % (256 tokens) to 20 % (1,024 tokens) slower.
-    """
-    return "f16" if offload_device(config) else "bf16"
-
-
 def offload_device(config: EngineConfig) -> str | None:
     """The GPU that layers go to; None when all runs on the CPU."""
     return None if config.n_gpu_layers == 0 else gpu_name()
@@ -199,14 +190,15 @@ def warm_up(context: Context, pace: Pace) -> int:
         raise ModelLoadFailed(f"{context.model.path}: has no tokenizer; convert the model with its tokenizer")
     context.model.tokenize("a", add_special=True, parse_special=True)
     token = max(0, context.model.bos_id or 0)
-    n_most = min(WARM_UP_TOKENS, context.n_batch, context.n_ctx_seq)
+    n_most = min(context.n_batch, context.n_ctx_seq)
     decode_tokens(context, token, 1)
-    for n_writing in sorted({1, min(4, n_most), min(8, n_most)}):
+    for n_writing in sorted({min(count, n_most) for count in (1, 4, 8)}):
         pace.learn(n_writing=n_writing, n_prompt=0, seconds=decode_tokens(context, token, n_writing))
-    pace.learn(n_writing=0, n_prompt=n_most, seconds=decode_tokens(context, token, n_most))
-    token_bytes = -(-len(context.save(0)) // n_most)
+    for n_prompt in (min(count, n_most) for count in WARM_UP_TOKENS):
+        pace.learn(n_writing=0, n_prompt=n_prompt, seconds=decode_tokens(context, token, n_prompt))
+    size = len(context.save(0))
     context.clear()
-    return token_bytes
+    return -(-size // min(WARM_UP_TOKENS[-1], n_most))
 
 
 def decode_tokens(context: Context, token: int, count: int) -> float:

@@ -12,12 +12,20 @@ from typing import Protocol
 
 import msgspec
 
-from engine.request import EngineConfig, EngineInfo, EngineStats, Event, GenerationRequest
+from engine.request import (
+    EngineConfig,
+    EngineInfo,
+    EngineStats,
+    Event,
+    GenerationRequest,
+    Kind,
+    Pooled,
+)
 from models.footprint import Footprint, footprint, pieces_of
 from models.gguf import Header, read_header
 from models.lora_gguf import convert_adapter
 from models.store import Store
-from server import shape
+from server import pooled, shape
 from server.errors import ModelTooLarge
 from server.machine import Machine, this_machine
 from server.model_settings import Adapter, seconds
@@ -42,6 +50,10 @@ class Engine(Protocol):
     def pid(self) -> int | None: ...
 
     def submit(self, request: GenerationRequest) -> AsyncIterator[Event]: ...
+
+    async def embed(self, texts: Sequence[str]) -> Pooled: ...
+
+    async def rerank(self, query: str, documents: Sequence[str]) -> Pooled: ...
 
     async def tokenize(
         self, text: str, *, add_special: bool = True, parse_special: bool = False
@@ -124,6 +136,7 @@ class _Draft:
     adapters: Mapping[str, tuple[Path, float]]  # by name
     cache_folder: Path | None
     is_assistants: bool
+    kind: Kind = "text"
 
     @property
     def path(self) -> Path:
@@ -143,9 +156,11 @@ class _Draft:
     def cost(self, n_cells: int, n_parallel: int, *, n_drafted: int | None = None) -> Footprint:
         """What it takes with so many cells for so many sequences; `n_drafted`: cells of the draft model."""
         model = self.model
+        if self.kind != "text":
+            return pooled.cost(self.pieces, n_cells, n_parallel)
         own = footprint(
             self.pieces, n_cells=n_cells, n_parallel=n_parallel,
-            type_k=model.kv_type_k or "f16", type_v=model.kv_type_v,
+            type_k=model.kv_type_k, type_v=model.kv_type_v,
         )  # fmt: skip
         adapters = [*self.lora, *self.adapters.values()]
         weights = own.weights_bytes + sum(path.stat().st_size for path, _ in adapters)
@@ -157,6 +172,10 @@ class _Draft:
 
     def plan(self, room_bytes: int, machine: Machine) -> Plan:
         model, facts = self.model, Facts.of(self.pieces)
+        if self.kind != "text":
+            config = pooled.config(self.name, self.kind, model, self.pieces, room_bytes=room_bytes)
+            config.validate()
+            return Plan(self.name, config, None, facts, self.cost(config.n_ctx, config.n_parallel))
         chosen = shape.choose(
             self.cost, n_ctx_train=facts.n_ctx_train, room_bytes=room_bytes, n_cores=machine.n_cores,
             on_gpu=machine.on_gpu and model.gpu_layers != 0,
@@ -207,6 +226,10 @@ def _draft(
     name: str, model_name: str, model: ModelSettings, lora: Sequence[str | Adapter], store: Store
 ) -> _Draft:
     path = store.resolve_model(model.model or model_name)
+    header = read_header(path).require("model")
+    kind = pooled.kind_of(header, model)
+    if kind != "text":
+        pooled.check(model_name, kind, model)
     adapters = tuple(_adapter(entry, path, store) for entry in lora)
     named = {each: _adapter(entry, path, store) for each, entry in model.adapters.items()}
     drafter = store.resolve_model(model.draft_model) if model.draft_model else None
@@ -219,12 +242,13 @@ def _draft(
     return _Draft(
         name=name,
         model=model,
-        pieces=tuple(pieces_of(read_header(path).require("model"))),
+        pieces=tuple(pieces_of(header)),
         drafter=tuple(pieces_of(read_header(drafter).require("model"))) if drafter else (),
         lora=adapters,
         adapters=named,
         cache_folder=folder,
         is_assistants=name != model_name,
+        kind=kind,
     )
 
 

@@ -32,10 +32,12 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """[models.NAME]"""
 
     model: str | None = None  # store name or path of a GGUF; None: NAME is a store name
+    # How an embedding model makes one vector of a text's tokens: mean, cls or last; None: as its file says.
+    pooling: Literal["mean", "cls", "last"] | None = None
     n_ctx: ContextTokens | None = None  # tokens of one request, answer included
     n_parallel: Annotated[int, Meta(ge=1, le=256)] | None = None  # requests decoded together
     kv_cells: Cells | None = None  # tokens of all requests together
-    kv_type_k: KVType | None = None  # None: bf16 on the CPU, f16 on a GPU
+    kv_type_k: KVType = "f16"
     kv_type_v: KVType = "f16"
     threads: Annotated[int, Meta(ge=1, le=512)] | None = None  # None: physical cores
     gpu_layers: Count | None = None  # None: all, if there is a GPU

@@ -24,6 +24,8 @@ from server.fleet import Standing
 from server.service import Service, opened
 from server.settings import Settings, SettingsError
 
+#: What models that write no text read.
+TEXTS = {"embedding": "text to embed", "rerank": "text to rank, query included"}
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Ready = Callable[[str, Service], None]
@@ -69,13 +71,13 @@ def share(plan: Plan, standing: Standing, budget_bytes: int) -> str:
     """What a model got, chosen or given, in one line."""
     config, trained = plan.config, plan.facts.n_ctx_train
     shortened = f" (of {trained})" if trained and config.n_ctx < trained else ""
-    parts = [f"{config.n_ctx} tokens a request{shortened}", f"{config.n_parallel} at once"]
+    what = TEXTS.get(config.kind, "request")
+    parts = [f"{config.n_ctx} tokens a {what}{shortened}", f"{config.n_parallel} at once"]
     if config.kv_cells:
         parts.append(f"{config.kv_cells} tokens together")
     info = standing.engine.info if standing.engine else None
-    keys = config.kv_type_k or (info and ("f16" if info.gpu else "bf16"))
-    if keys:
-        parts.append(f"keys {keys}")
+    if config.kv_type_k != "f16":
+        parts.append(f"keys {config.kv_type_k}")
     if config.kv_type_v != "f16":
         parts.append(f"values {config.kv_type_v}")
     if info:

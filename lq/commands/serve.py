@@ -68,7 +68,7 @@ def serve(
         ),
     ] = None,
     kv_type_k: Annotated[
-        CacheType | None, typer.Option(help="Type of cached keys; bf16 by default, on a GPU f16.")
+        CacheType | None, typer.Option(help="Type of cached keys; f16 by default.")
     ] = None,
     kv_type_v: Annotated[
         CacheType | None, typer.Option(help="Type of cached values; f16 by default.")

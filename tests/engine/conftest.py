@@ -81,7 +81,7 @@ def make_runner(model: Model):
 
 @pytest.fixture(scope="session")
 def shared_context(model: Model) -> Iterator[Context]:
-    """Sixteen sequences of 256 cells, as the server opens them: bf16 keys, all tokens may have logits."""
+    """Sixteen sequences of 256 cells, all tokens may have logits; with bf16 keys nothing depends on calls."""
     with Context.open(
         model, n_ctx=16 * 256, n_batch=128, n_seq_max=16, n_threads=1, type_k="bf16"
     ) as context:

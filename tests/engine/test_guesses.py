@@ -29,7 +29,7 @@ def make(model: Model):
 
     def made(*, guesses: int = 16, drafter: Drafter | None = None) -> Loop:
         context = Context.open(
-            model, n_ctx=512, n_batch=64, n_seq_max=2, n_outputs_max=2 + guesses, n_threads=1, type_k="bf16"
+            model, n_ctx=512, n_batch=64, n_seq_max=2, n_outputs_max=2 + guesses, n_threads=1
         )
         loop = Loop(model, context, n_ctx=256, n_parallel=2, pace=Flat(), guesses=guesses, drafter=drafter)
         closing.extend([loop, context])

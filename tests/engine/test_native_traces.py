@@ -64,7 +64,7 @@ def open_loop(
     n_parallel = chance.choice([2, 3, 4])
     cells = N_CELLS if unified else N_CTX * n_parallel
     options = {"n_ctx": cells, "n_batch": 64, "n_seq_max": n_parallel, "n_outputs_max": n_parallel + 8}
-    with Context.open(model, **options, n_threads=2, type_k="bf16", unified=unified) as context:
+    with Context.open(model, **options, n_threads=2, unified=unified) as context:
         loop = Loop(
             model,
             context,
@@ -175,7 +175,7 @@ def check_answers(life: Life, judge: Context, adapters: dict[str, Adapter]) -> N
 
 @pytest.fixture(scope="module")
 def judge(model: Model) -> Iterator[Context]:
-    with Context.open(model, n_ctx=N_CTX + 32, n_batch=192, n_threads=2, type_k="bf16") as context:
+    with Context.open(model, n_ctx=N_CTX + 32, n_batch=192, n_threads=2) as context:
         yield context
 
 

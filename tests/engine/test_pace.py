@@ -17,10 +17,16 @@ def paced(*, stall: float | None = 0.25, **seconds: float) -> Pace:
 
 
 def test_a_call_with_a_prompt_takes_no_longer_than_the_stall():
-    pace = paced(n1=0.01, n8=0.03, p100=0.5)
-    assert pace.n_prompt(8) == int((CAUTION * 0.25 - 0.03) / 0.005)
+    pace = paced(n1=0.01, n8=0.03, p50=0.25)
+    assert pace.n_prompt(8) == int(CAUTION * 0.22 / 0.005)
     assert pace.n_prompt(0) is None, "nobody waits"
-    assert paced(stall=None, n1=0.01, p100=0.5).n_prompt(4) is None
+    assert paced(stall=None, n1=0.01, p50=0.25).n_prompt(4) is None
+
+
+def test_one_tile_is_worth_a_little_less_caution_and_none_is_worth_smaller_chunks():
+    assert paced(n1=0.01, p32=0.32, p128=0.448).n_prompt(1) == 64, "0.224 s of the 0.24 that are left"
+    assert paced(n1=0.01, p32=0.32, p128=0.5).n_prompt(1) == int(CAUTION * 0.24 / 0.01)
+    assert paced(n1=0.01, p32=0.32, p128=0.1).n_prompt(1) == 256, "four tiles"
 
 
 def test_a_prompt_gets_its_share_however_slow_the_model():
@@ -29,14 +35,14 @@ def test_a_prompt_gets_its_share_however_slow_the_model():
 
 
 def test_slower_calls_are_believed_sooner_than_faster_ones():
-    pace = paced(n1=0.01, p100=0.5)
+    pace = paced(n1=0.01, p50=0.25)
     before = pace.n_prompt(1)
-    pace.learn(n_writing=1, n_prompt=100, seconds=1.01)
+    pace.learn(n_writing=1, n_prompt=50, seconds=0.51)
     slower = pace.n_prompt(1)
     assert before is not None
     assert slower is not None
     assert slower < 0.7 * before
-    pace.learn(n_writing=1, n_prompt=100, seconds=0.51)
+    pace.learn(n_writing=1, n_prompt=50, seconds=0.26)
     faster = pace.n_prompt(1)
     assert faster is not None
     assert slower < faster < before

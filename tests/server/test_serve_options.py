@@ -200,7 +200,7 @@ def test_more_context_than_the_model_was_trained_on_is_told(announced, n_ctx, wa
 
 def test_what_a_model_got_is_said_in_one_line(announced):
     line, last = announced(smol=Model(model=SMOL)).out.splitlines()
-    assert line == "smol: 8192 tokens a request, 8 at once, keys bf16, 1 thread, 2.4 GB of 16.0 GB"
+    assert line == "smol: 8192 tokens a request, 8 at once, 1 thread, 2.4 GB of 16.0 GB"
     assert last.startswith("lq serves smol, ")
 
 
