@@ -329,8 +329,8 @@ class Scheduler:
                 continue
             start, missing = each.n_computed, len(each.tokens) - each.n_computed
             length = chunk_length(missing, room)
-            if n_before and 0 < missing - length < TILE:
-                return  # the next call has room for its last tile and the rest in one
+            if n_before and length < missing and min(length, missing - length) < TILE:
+                return  # the next call has room for whole tiles
             tokens = each.tokens[start : start + length]
             chunks.append(Chunk(each, tokens, start, samples=length == missing))
             room -= length

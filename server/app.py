@@ -17,9 +17,20 @@ from server.routes.embeddings import embeddings
 from server.routes.engine import engines
 from server.routes.health import health, metrics
 from server.routes.models import list_models, show_model
+from server.routes.rerank import rerank_documents
 from server.service import Service
 
-ROUTES = [chat_completions, completions, embeddings, list_models, show_model, engines, health, metrics]
+ROUTES = [
+    chat_completions,
+    completions,
+    embeddings,
+    rerank_documents,
+    list_models,
+    show_model,
+    engines,
+    health,
+    metrics,
+]
 
 
 def create_app(service: Service) -> Gate:

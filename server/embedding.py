@@ -41,8 +41,8 @@ class Embedder(Protocol):
 
 
 class TooLong(BadRequest):
-    def __init__(self, place: str, size: str, limit: str) -> None:
-        problem = f"{place} has {size} and the embedder reads {limit}: split the text"
+    def __init__(self, place: str, size: str, limit: str, *, reader: str = "embedder") -> None:
+        problem = f"{place} has {size} and the {reader} reads {limit}: split the text"
         super().__init__(problem, param=place, code="context_length_exceeded")
 
 

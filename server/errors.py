@@ -73,6 +73,23 @@ class UnknownModel(ServerError):
         super().__init__(f"the model {name[:200]!r} does not exist here; {known}")
 
 
+#: What models of each kind do, and where.
+DOES = {"text": "writes text", "embedding": "embeds texts", "rerank": "ranks documents"}
+ROUTES = {
+    "text": "/v1/chat/completions or /v1/completions",
+    "embedding": "/v1/embeddings",
+    "rerank": "/v1/rerank",
+}
+
+
+class WrongKind(ServerError):
+    """A model that does something else than was asked for."""
+
+    def __init__(self, name: str, kind: str, instead: str = "") -> None:
+        use = f"use it with {ROUTES[kind]}{f'; {instead}' if instead else ''}"
+        super().__init__(f"the model {name[:200]!r} {DOES[kind]}: {use}")
+
+
 class Unauthorized(ServerError):
     def __init__(self, *, given: bool) -> None:
         problem = "the API key is wrong" if given else "no API key was given"
@@ -232,6 +249,7 @@ TABLE: dict[type[BaseException], Row] = {
     BadJSON: Row(400, "invalid_json"),
     Unauthorized: Row(401, "invalid_api_key"),
     HostNotAllowed: Row(403, "host_not_allowed"),
+    WrongKind: Row(400, "wrong_model_kind", "model"),
     UnknownModel: Row(404, "model_not_found", "model"),
     UnknownCollection: Row(404, "collection_not_found", "collection"),
     BodyTooLarge: Row(413, "request_too_large"),

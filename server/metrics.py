@@ -46,6 +46,10 @@ class Metrics:
         self.tokens.labels(model, "cached").inc(done.n_cached_tokens)
         self.tokens.labels(model, "completion").inc(done.n_completion_tokens)
 
+    def read(self, model: str, n_tokens: int) -> None:
+        """Add what an embedding or reranking model has read for one request."""
+        self.tokens.labels(model, "prompt").inc(n_tokens)
+
     def text(self, engines: Mapping[str, EngineStats | None]) -> bytes:
         """The exposition format; an engine that does not answer counts as not up."""
         for model, stats in engines.items():

@@ -17,6 +17,7 @@ from server.schema.completion import Completion, CompletionRequest
 from server.schema.embedding import EmbeddingList, EmbeddingRequest
 from server.schema.engine import EngineList
 from server.schema.model import Model, ModelList
+from server.schema.rerank import RerankList, RerankRequest
 
 SPECIFICATION_PATH = "/openapi.json"
 TEMPLATE = "#/components/schemas/{name}"
@@ -25,6 +26,7 @@ WIRE: dict[str, tuple[str, type | None, type]] = {
     "/v1/chat/completions": ("post", ChatRequest, ChatCompletion),
     "/v1/completions": ("post", CompletionRequest, Completion),
     "/v1/embeddings": ("post", EmbeddingRequest, EmbeddingList),
+    "/v1/rerank": ("post", RerankRequest, RerankList),
     "/v1/models": ("get", None, ModelList),
     "/v1/models/{model}": ("get", None, Model),
     "/v1/engine": ("get", None, EngineList),

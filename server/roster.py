@@ -9,13 +9,13 @@ from pathlib import Path
 
 from msgspec import UNSET
 
-from engine.request import ModelLoadFailed
+from engine.request import Kind, ModelLoadFailed
 from prompts import template
 from prompts.message import Message
 from prompts.template import Prompt
 from server import chat_prompt
 from server.engines import Engine, Plan
-from server.errors import ModelNotLoaded, UnknownModel
+from server.errors import DOES, ModelNotLoaded, UnknownModel, WrongKind
 from server.fleet import Fleet, Standing
 from server.grounding import Retriever
 from server.schema.model import Model
@@ -71,23 +71,31 @@ class Roster:
         self._prompt_folder = Path(folder) if folder else None
         self._targets = {name: self._target(name, plan) for name, plan in plans.items()}
 
-    def get(self, name: str) -> Target:
-        """The model or assistant; UnknownModel lists what there is."""
-        if name in self._targets:
-            return self._targets[name]
+    def get(self, name: str, *, kind: Kind = "text") -> Target:
+        """The model or assistant; UnknownModel lists what there is, WrongKind says what the name is for."""
+        target = self._targets.get(name)
+        if target is not None and target.plan.config.kind == kind:
+            return target
+        if target is not None:
+            raise WrongKind(name, target.plan.config.kind)
         if name in self._embedder_names():
-            raise UnknownModel(name, "it embeds texts: use it with /v1/embeddings")
-        close = difflib.get_close_matches(name, self._targets, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(self._targets)}"
-        raise UnknownModel(name, hint)
+            raise WrongKind(name, "embedding")
+        fitting = [each for each, found in self._targets.items() if found.plan.config.kind == kind]
+        close = difflib.get_close_matches(name, fitting, n=1)
+        there = f"there are: {', '.join(fitting)}" if fitting else f"none here {DOES[kind]}"
+        raise UnknownModel(name, f"did you mean {close[0]!r}?" if close else there)
+
+    def is_embedding(self, name: str) -> bool:
+        """Whether a name is that of an embedding model with an engine."""
+        return name in self._targets and self._targets[name].plan.config.kind == "embedding"
 
     @asynccontextmanager
-    async def lease(self, name: str) -> AsyncIterator[Target]:
+    async def lease(self, name: str, *, kind: Kind = "text") -> AsyncIterator[Target]:
         """The model or assistant with its engine, which is started if need be and stays until the end.
 
-        Raises UnknownModel, ModelNotLoaded, or what `Fleet.lease` does while it waits.
+        Raises UnknownModel, WrongKind, ModelNotLoaded, or what `Fleet.lease` does while it waits.
         """
-        target = self.get(name)
+        target = self.get(name, kind=kind)
         async with AsyncExitStack() as stack:
             try:
                 await stack.enter_async_context(self.fleet.lease(target.plan.config))
@@ -108,12 +116,15 @@ class Roster:
     def embedder(self, name: str) -> str:
         """The embedder that a name means, as the settings call it."""
         long, short = self._embedder_names()
+        own = [each for each in self._targets if self.is_embedding(each)]
+        there = f"embedding models here: {', '.join([*own, short] if self._embedder else own)}"
+        if name in self._targets:
+            raise WrongKind(name, self._targets[name].plan.config.kind, there)
         if self._embedder is None:
-            raise UnknownModel(
-                name, f"no embedder is here: `lq pull {short}` fetches one, then start the server again"
-            )
+            fetch = f"`lq pull {short}` fetches one, then start the server again"
+            raise UnknownModel(name, there if own else f"no embedder is here: {fetch}")
         if name not in (long, short):
-            raise UnknownModel(name, f"the embedding model here is {short!r}")
+            raise UnknownModel(name, there)
         return self._embedder
 
     def _embedder_names(self) -> tuple[str, str]:
@@ -138,6 +149,8 @@ class Roster:
         assistant = self.settings.assistants.get(name)
         if assistant is None:
             return Target(name, self.fleet, plan)
+        if plan.config.kind != "text":
+            raise SettingsError(f"assistants.{name}: its model {assistant.model!r} {DOES[plan.config.kind]}")
         wanted = assistant.prompt or ("grounded" if assistant.collection else None)
         prompt = self.prompt(wanted) if wanted else None
         if prompt and prompt.uses_sources != bool(assistant.collection):
@@ -156,7 +169,7 @@ class Roster:
         model = Model(
             id=target.name,
             created=self._started,
-            kind="chat",
+            kind="chat" if config.kind == "text" else config.kind,
             n_ctx=config.n_ctx,
             max_model_len=config.n_ctx,
             n_ctx_train=UNSET if facts.n_ctx_train is None else facts.n_ctx_train,

@@ -95,11 +95,11 @@ def qwen3_weights(*, head: bool, seed: int) -> Weights:
 
 def tokenize(text: str, folder: Path) -> list[int]:
     """Token ids as transformers has them, without special tokens."""
-    from transformers import BertTokenizerFast
+    from transformers import BertTokenizer
 
     vocabulary = folder / "vocab.txt"
     vocabulary.write_text("\n".join(VOCABULARY))
-    return BertTokenizerFast(str(vocabulary))(text, add_special_tokens=False)["input_ids"]
+    return BertTokenizer(str(vocabulary))(text, add_special_tokens=False)["input_ids"]
 
 
 def hidden(architecture: str, weights: Weights, tokens: list[int]) -> np.ndarray:

@@ -1,6 +1,8 @@
 """POST /v1/embeddings."""
 
 import base64
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 import numpy as np
 from litestar import Request, post
@@ -9,12 +11,13 @@ from litestar.response.base import ASGIResponse
 from server.body import read, unless_gone
 from server.errors import BadRequest
 from server.limits import Usage
+from server.pooling import CHARACTERS_PER_TOKEN, embed
 from server.routes.completing import json_response
 from server.schema.embedding import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
+from server.schema.refused import REASONS
 from server.service import Service
 
-#: About what English has; how many there are is known when they have been embedded.
-CHARACTERS_PER_TOKEN = 4
+Vectors = tuple[np.ndarray, int]  # and tokens that were read
 
 
 @post("/v1/embeddings", status_code=200, tags=["embeddings"])
@@ -22,17 +25,40 @@ async def embeddings(request: Request) -> ASGIResponse:
     """Vectors of texts, of length 1."""
     service: Service = request.app.state.service
     body = await read(request, EmbeddingRequest, limit_bytes=service.limit_bytes)
-    name = service.roster.embedder(body.model)
     texts = _texts(body)
+    work = _prepared(service, body, texts)
     ticket = service.admit(request.scope)
     ticket.reserve_guess(sum(map(len, texts)) // CHARACTERS_PER_TOKEN)
-    work = service.embedders.embed(name, texts, as_queries=body.input_type == "query")
-    vectors, n_tokens = await unless_gone(request, ticket.in_time(work, is_first=False))
+    vectors, n_tokens = await unless_gone(request, ticket.in_time(work(), is_first=False))
     ticket.settle(Usage((n_tokens,)))
     as_base64 = body.encoding_format == "base64"
     data = [Embedding(index=n, embedding=_encoded(row, as_base64)) for n, row in enumerate(vectors)]
     usage = EmbeddingUsage(prompt_tokens=n_tokens, total_tokens=n_tokens)
     return json_response(EmbeddingList(data=data, model=body.model, usage=usage))
+
+
+def _prepared(service: Service, body: EmbeddingRequest, texts: list[str]) -> Callable[[], Awaitable[Vectors]]:
+    """The work, not begun: by an engine for a model in GGUF, else by the embedder."""
+    if service.roster.is_embedding(body.model):
+        if body.input_type == "query":
+            raise BadRequest(
+                "input_type: this model knows no difference between queries and documents; leave it out, and "
+                "write the prefix that the model's authors want before the text",
+                param="input_type",
+                code="unsupported_value",
+            )
+        return partial(_by_engine, service, body, texts)
+    name = service.roster.embedder(body.model)
+    if body.dimensions is not None:
+        raise BadRequest(
+            f"dimensions: {REASONS['dimensions']}", param="dimensions", code="unsupported_parameter"
+        )
+    return partial(service.embedders.embed, name, texts, as_queries=body.input_type == "query")
+
+
+async def _by_engine(service: Service, body: EmbeddingRequest, texts: list[str]) -> Vectors:
+    found = await embed(service, body.model, texts, dimensions=body.dimensions)
+    return found.values, found.n_tokens
 
 
 def _texts(body: EmbeddingRequest) -> list[str]:

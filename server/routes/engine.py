@@ -46,7 +46,7 @@ def describe(plan: Plan, standing: Standing, names: list[str], stats: EngineStat
         n_ctx=config.n_ctx,
         n_ctx_train=plan.facts.n_ctx_train,
         n_parallel=config.n_parallel,
-        kv_cells=config.kv_cells or config.n_ctx * config.n_parallel,
+        kv_cells=0 if config.kind != "text" else config.kv_cells or config.n_ctx * config.n_parallel,
         n_threads=info.n_threads if info else config.n_threads,
         gpu=info.gpu if info else None,
         memory=Memory(

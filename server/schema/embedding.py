@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from server.schema.sampling import Name
+from server.schema.sampling import Name, Positive
 
 #: As many inputs as OpenAI takes.
 MAX_INPUTS = 2048
@@ -20,7 +20,7 @@ class EmbeddingRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
     input: Text | Annotated[list[Text | Token | list[Token]], Meta(min_length=1, max_length=MAX_INPUTS)]
     encoding_format: Literal["float", "base64"] | None = None
     input_type: Literal["document", "query"] = "document"
-    dimensions: None = None
+    dimensions: Positive | None = None  # of embedding models in GGUF: the first so many, of length 1 again
     user: str | None = None
 
 

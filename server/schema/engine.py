@@ -26,7 +26,7 @@ class EngineState(msgspec.Struct, kw_only=True):
     n_ctx: int  # tokens of one request, answer included
     n_ctx_train: int | None
     n_parallel: int  # requests decoded together
-    kv_cells: int  # tokens of all requests together
+    kv_cells: int  # tokens of all requests together; 0 for models that write no text
     n_threads: int | None  # null: not loaded yet
     gpu: str | None  # device; null: the CPU, or not loaded yet
     memory: Memory

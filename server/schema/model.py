@@ -13,7 +13,7 @@ class Model(msgspec.Struct, kw_only=True):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["lq"] = "lq"
-    kind: Literal["chat", "assistant", "embedding"]
+    kind: Literal["chat", "assistant", "embedding", "rerank"]
     n_ctx: int | UnsetType = UNSET  # tokens of one request, answer included
     max_model_len: int | UnsetType = UNSET  # the same, as vLLM calls it
     n_ctx_train: int | UnsetType = UNSET

@@ -42,7 +42,7 @@ def test_a_shared_prefix_changes_no_greedy_token(make_loop, drain):
 
 def test_with_f16_keys_too_prompts_are_cut_so_that_neighbours_change_nothing(model, drain):
     requests = [
-        ask(f"Write about {subject}: " + f"{subject} " * 5 * n, max_tokens=12, logprobs=2)
+        ask(f"Write about {subject}: " + f"{subject} " * 5 * n, max_tokens=12, logprobs=2, cache_salt=subject)
         for n, subject in enumerate(SUBJECTS)
     ]
     assert len(model.tokenize(str(requests[-1].prompt))) > 2 * TILE

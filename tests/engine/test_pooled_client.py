@@ -46,6 +46,7 @@ async def running(config: EngineConfig):
 
 async def settled(engine: Engine, **expected: int):
     """Wait until the statistics say so."""
+    stats = None
     for _ in range(600):
         stats = await engine.stats()
         if all(getattr(stats, name) == value for name, value in expected.items()):

@@ -10,7 +10,17 @@ import httpx
 import numpy as np
 import pytest
 
-from engine.request import ContextOverflow, Delta, Done, EngineConfig, EngineInfo, EngineStats, TokenLogprob
+from engine.request import (
+    ContextOverflow,
+    Delta,
+    Done,
+    EngineConfig,
+    EngineInfo,
+    EngineStats,
+    InputTooLong,
+    Pooled,
+    TokenLogprob,
+)
 from models.footprint import Footprint
 from server.app import create_app
 from server.auth import Hosts, Keys, accept
@@ -90,6 +100,23 @@ class FakeEngine:
             return ()
         top = tuple((n, b"x", -2.0) for n in range(request.logprobs))
         return (TokenLogprob(1, text.encode(), -0.5, top),)
+
+    async def embed(self, texts):
+        return Pooled(*self._pooled(texts))
+
+    async def rerank(self, query, documents):
+        values, n_tokens = self._pooled([query + document for document in documents])
+        return Pooled(values[:, 0], n_tokens)
+
+    def _pooled(self, texts):
+        """Letters, of them `a`, 1, and zeros; a text of more than 20 words is too long."""
+        for index, text in enumerate(texts):
+            if len(text.split()) > 20:
+                raise InputTooLong(index, f"{len(text.split())} tokens", "20")
+        if self.fails:
+            raise self.fails
+        rows = np.array([[len(text), text.count("a"), 1, 0, 0, 0, 0, 0] for text in texts], np.float32)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True), sum(len(text.split()) for text in texts)
 
     async def stats(self):
         return EngineStats(1, 2, 4, 100, 50, 10, requests_total=len(self.requests))

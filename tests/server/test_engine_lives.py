@@ -278,7 +278,7 @@ def test_an_unknown_model_or_a_malformed_request_loads_nothing(lives, yard):
     async def scenario(client, _service):
         assert (await client.post(CHAT, **ask("nope"))).status_code == 404
         assert (await client.post(CHAT, **ask("a", temperature=9))).status_code == 400
-        assert (await client.post("/v1/embeddings", json={"model": "a", "input": "x"})).status_code == 404
+        assert (await client.post("/v1/embeddings", json={"model": "a", "input": "x"})).status_code == 400
 
     lives(scenario, models=TWO)
     assert yard.starts == []
