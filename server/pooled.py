@@ -1,0 +1,99 @@
+"""Embedding and reranking models: told from a GGUF's header, and what their engine gets of the machine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.request import EngineConfig, Kind
+from models.footprint import Footprint, footprint, kv_bytes_per_cell
+from models.gguf import Header, InvalidGGUF
+from server.model_settings import Model as ModelSettings
+from server.settings import SettingsError
+
+RANK = 4  # {arch}.pooling_type, as llama.cpp numbers them; 0: none
+EMBEDDING = frozenset({1, 2, 3})
+#: Tokens of one text where neither the operator nor the file says otherwise. llama.cpp keeps room for a
+#: number for each token of the vocabulary and each token of a call: 2 GB at 2,048 tokens of 250,000.
+N_CTX = 2048
+LEAST_N_CTX = 256
+UNKNOWN_N_CTX = 512
+#: Tokens and texts of one call.
+N_BATCH = 512
+N_PARALLEL = 64
+#: Of the room that is there, a call takes so much of its own accord.
+SHARE = 0.5
+#: engine/pooling.py: up to here a number for each pair of tokens and each head, beyond it one for each pair.
+PLAIN_ATTENTION_TOKENS = 1024
+#: What makes no sense of a model that writes nothing.
+TEXT_OPTIONS = ("lora", "adapters", "draft_model", "kv_cells")
+
+
+def kind_of(header: Header, model: ModelSettings) -> Kind:
+    """What a model is for, as its file says; `pooling` makes an embedding model of any that does not rank."""
+    pooling = header.hyperparameter("pooling_type")
+    if pooling == RANK:
+        if not any(tensor.name.startswith("cls.") for tensor in header.tensors):
+            raise InvalidGGUF(
+                header.path,
+                "its pooling_type says that it ranks documents, and it has no classifier to score them",
+                remedy="convert the model again, or fetch another conversion",
+            )
+        return "rerank"
+    return "embedding" if model.pooling or pooling in EMBEDDING else "text"
+
+
+def check(name: str, kind: Kind, model: ModelSettings) -> None:
+    """Raise SettingsError for an option that the model would ignore."""
+    for option in TEXT_OPTIONS:
+        if getattr(model, option):
+            does = "ranks documents" if kind == "rerank" else "embeds texts"
+            raise SettingsError(f"models.{name}: it {does}; `{option}` is for models that write text")
+    if model.pooling and kind == "rerank":
+        raise SettingsError(f"models.{name}: it ranks documents; `pooling` is for embedding models")
+
+
+def config(
+    name: str, kind: Kind, model: ModelSettings, pieces: Sequence[Header], *, room_bytes: int
+) -> EngineConfig:
+    """What its engine is started with; the longest text is chosen from file and memory unless it is given."""
+    path: Path = pieces[0].path
+    trained = pieces[0].n_ctx_train or UNKNOWN_N_CTX
+    if model.n_ctx and model.n_ctx > trained:
+        raise SettingsError(
+            f"models.{name}: n_ctx is {model.n_ctx}, and this model reads texts of {trained} tokens at most"
+        )
+    n_parallel = model.n_parallel or N_PARALLEL
+    n_ctx = model.n_ctx or min(trained, N_CTX)
+    while not model.n_ctx and n_ctx > LEAST_N_CTX and not _fits(pieces, n_ctx, n_parallel, room_bytes):
+        n_ctx = max(LEAST_N_CTX, n_ctx // 2)
+    return EngineConfig(
+        model_path=path,
+        kind=kind,
+        pooling=model.pooling,
+        n_ctx=n_ctx,
+        n_parallel=n_parallel,
+        n_batch=N_BATCH,
+        n_threads=model.threads,
+        n_gpu_layers=model.gpu_layers,
+        use_mmap=model.mmap,
+        max_queue=model.max_queue,
+        cache_ram_mb=0,
+        speculation="off",
+    )
+
+
+def cost(pieces: Sequence[Header], n_ctx: int, n_parallel: int) -> Footprint:
+    """What an engine takes that reads texts of so many tokens, at most."""
+    header = pieces[0]
+    room = max(n_ctx, N_BATCH, n_parallel)
+    is_encoder = header.hyperparameter("attention.causal") is False
+    n_outputs = room if is_encoder else n_parallel
+    own = footprint(pieces, n_cells=0, n_parallel=n_outputs, n_batch=room)
+    heads = header.hyperparameter("attention.head_count")
+    pairs = room * room * (heads if isinstance(heads, int) and n_ctx <= PLAIN_ATTENTION_TOKENS else 2)
+    kv = 0 if is_encoder else room * kv_bytes_per_cell(header)
+    return Footprint(own.weights_bytes, kv, own.compute_bytes + 4 * pairs)
+
+
+def _fits(pieces: Sequence[Header], n_ctx: int, n_parallel: int, room_bytes: int) -> bool:
+    found = cost(pieces, n_ctx, n_parallel)
+    return found.total_bytes - found.weights_bytes <= SHARE * (room_bytes - found.weights_bytes)
