@@ -366,7 +366,6 @@ class Context(Handle):
         n_outputs_max: int | None = None,
         unified: bool = False,
         pooling: Pooling | None = None,
-        flash_attention: bool | None = None,
         wants_tensor: Callable[[Tensor], bool] | None = None,
         on_tensor: Callable[[TensorView], None] | None = None,
     ) -> "Context":
@@ -376,9 +375,7 @@ class Context(Handle):
         computes does not depend on its neighbours; unified, prefixes are shared without a copy.
         `on_tensor` sees each computed tensor that `wants_tensor` picked; what it raises comes out of
         `decode`. `n_outputs_max` bounds the logits of one call (None: all tokens may have some).
-        `pooling` is how calls after `pool(True)` make one result of each sequence. `flash_attention` reads
-        keys as f16 and needs no matrix of all pairs of tokens; None: where llama.cpp can. Raises
-        ModelLoadFailed.
+        `pooling` is how calls after `pool(True)` make one result of each sequence. Raises ModelLoadFailed.
         """
         _log.lines.clear()
         parameters = native.llama_context_default_params()
@@ -391,8 +388,6 @@ class Context(Handle):
         parameters.kv_unified = unified
         if pooling is not None:
             parameters.pooling_type = _POOLING_NUMBERS[pooling]
-        if flash_attention is not None:
-            parameters.flash_attn_type = int(flash_attention)  # LLAMA_FLASH_ATTN_TYPE_DISABLED, _ENABLED
         parameters.swa_full = True  # else prefixes could not be shared or cut
         parameters.no_perf = True
         watcher = None

@@ -13,7 +13,8 @@ K = TypeVar("K", bound=Hashable)
 
 MIN_PROMPT = 8  # tokens of prompts in every call, whatever the stall: a prompt must come to its end
 TILE = 64  # tokens of a sequence from which on attention is computed in tiles (scheduler.py)
-CAUTION = 0.85  # of the stall is planned for, since times vary
+SMALL_COSTS = 1.5  # a token of a smaller chunk, against one of a tile: at least, since it may be long ago
+CAUTION = 0.92  # of the stall is planned for, since times vary
 SMOOTHING = 0.3  # weight of the newest time
 WORTH = 1.03  # guesses must promise this much more to be tried
 MAX_GUESSES = 8  # a sequence
@@ -64,13 +65,16 @@ class Pace:
             return None
         if not self._prompt_token_s:
             return MIN_PROMPT
-        small_s = self._prompt_token_s.get(False) or self._prompt_token_s[True]
-        tiled_s = self._prompt_token_s.get(True) or small_s
+        small_s, tiled_s = self._prompt_token_s.get(False), self._prompt_token_s.get(True)
+        if tiled_s is None:
+            assert small_s is not None
+            tiled_s = small_s
+        else:
+            small_s = max(small_s or 0.0, SMALL_COSTS * tiled_s)
         room_s = self.max_stall_s - self.writing_s(n_writing)
-        n_tiles = int(CAUTION * room_s / (tiled_s * TILE))
-        if n_tiles == 0 and room_s >= tiled_s * TILE:
-            n_tiles = 1  # less caution: smaller chunks take twice the time a token
-        return n_tiles * TILE or max(MIN_PROMPT, int(CAUTION * room_s / small_s))
+        if room_s >= tiled_s * TILE:  # for one tile less caution: smaller chunks take twice the time a token
+            return max(TILE, int(CAUTION * room_s / tiled_s))
+        return max(MIN_PROMPT, min(TILE - 1, int(CAUTION * room_s / small_s)))
 
 
 @dataclass(slots=True)

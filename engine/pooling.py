@@ -7,10 +7,6 @@ import numpy as np
 from engine.llama import Context, Model
 from engine.request import EngineConfig, Pooling
 
-#: With texts of up to so many tokens llama.cpp's plain attention is used: it computes in float32, and its
-#: matrix of all pairs of tokens is small.
-PLAIN_ATTENTION_TOKENS = 1024
-
 
 def open_context(model: Model, config: EngineConfig, pooling: Pooling, n_ctx: int) -> Context:
     """An encoder takes a text whole, so that its call holds the longest; who reads on needs shorter ones."""
@@ -26,7 +22,6 @@ def open_context(model: Model, config: EngineConfig, pooling: Pooling, n_ctx: in
             n_threads=config.n_threads,
             unified=True,
             pooling=pooling,
-            flash_attention=False if n_ctx <= PLAIN_ATTENTION_TOKENS else None,
         )
 
     n_part = max(config.n_batch, config.n_parallel)

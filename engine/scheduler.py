@@ -302,7 +302,8 @@ class Scheduler:
         chunks = self._writers(group, room, drafts or {})
         if len(chunks) < len(group):
             room -= sum(len(chunk.tokens) for chunk in chunks)
-            self._add_prompts(chunks, group, min(room, n_prompt) if chunks and n_prompt else room)
+            soft = n_prompt if chunks else None
+            self._add_prompts(chunks, group, room if soft is None else min(room, soft), room)
         return Plan(chunks, actions, group[0].adapters if group else ())
 
     def _writers(self, group: list[Sequence], room: int, drafts: Mapping[Sequence, list[int]]) -> list[Chunk]:
@@ -319,8 +320,11 @@ class Scheduler:
             )
         return chunks
 
-    def _add_prompts(self, chunks: list[Chunk], group: list[Sequence], room: int) -> None:
-        """Fill the call with prompts: by priority, then of the tenant served least, then the oldest."""
+    def _add_prompts(self, chunks: list[Chunk], group: list[Sequence], room: int, most: int) -> None:
+        """Fill the call with prompts: by priority, then of the tenant served least, then the oldest.
+
+        `room` may be exceeded by a fifth, within `most`, if that spares a call for the rest of a prompt.
+        """
         served, n_before = self.queue.served, 0
         for each in sorted(group, key=lambda each: (-each.tenant.priority, served(each), each.age)):
             if room <= 0:
@@ -328,12 +332,12 @@ class Scheduler:
             if each.is_writing or each.leader:
                 continue
             start, missing = each.n_computed, len(each.tokens) - each.n_computed
-            length = chunk_length(missing, room)
+            length = missing if missing <= min(most, room + room // 5) else chunk_length(missing, room)
             if n_before and length < missing and min(length, missing - length) < TILE:
                 return  # the next call has room for whole tiles
             tokens = each.tokens[start : start + length]
             chunks.append(Chunk(each, tokens, start, samples=length == missing))
-            room -= length
+            room, most = room - length, most - length
             n_before += 1
 
     def _group(self) -> list[Sequence]:
