@@ -179,7 +179,7 @@ def judge(model: Model) -> Iterator[Context]:
         yield context
 
 
-@pytest.mark.parametrize(("unified", "group"), itertools.product([False, True], range(N_GROUPS)))
+@pytest.mark.parametrize(("unified", "group"), list(itertools.product([False, True], range(N_GROUPS))))
 def test_random_lives_on_the_real_model(adapters, judge, tmp_path, unified, group):
     model = judge.model
     n_each = N_TRACES // N_GROUPS // 2
