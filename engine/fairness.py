@@ -118,10 +118,19 @@ class FairQueue(Generic[W]):
         """Running requests of the same tenant."""
         return self._account(request.tenant).n_running
 
-    def share(self, request: W, n_slots: int) -> float:
-        """Slots that are due to the request's tenant beside all who want some now, by weight."""
-        weights = sum(each.tenant.weight for each in self._accounts.values() if each.is_active)
-        return n_slots * request.tenant.weight / weights if weights else n_slots
+    def n_waiting(self, tenant: Charged) -> int:
+        """Requests of a tenant that wait."""
+        account = self._accounts.get(tenant.name)
+        return 0 if account is None else len(account.waiting)
+
+    def share(self, tenant: Charged, n_places: int) -> float:
+        """Places that are due to a tenant beside all others who want some now, by weight."""
+        others = sum(
+            each.tenant.weight
+            for name, each in self._accounts.items()
+            if each.is_active and name != tenant.name
+        )
+        return n_places * tenant.weight / (tenant.weight + others)
 
     def _account(self, tenant: Charged) -> Account[W]:
         account = self._accounts.get(tenant.name)

@@ -106,7 +106,7 @@ class Loop:
         room = self.n_ctx - len(prompt)
         if room < 1:
             raise ContextOverflow(len(prompt), self.n_ctx)
-        if self.max_queue is not None and self.scheduler.n_waiting_with(1) > self.max_queue:
+        if self.max_queue is not None and self.scheduler.is_full_for(request.tenant, self.max_queue):
             raise QueueFull(len(self.scheduler.queue), retry_after_s=self._wait_s())
         sampler = Sampler(self.context, request.sampling, prompt=prompt, ignore_eos=request.ignore_eos)
         sequence = Sequence(

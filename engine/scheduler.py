@@ -20,7 +20,7 @@ The policy, in the order of the code:
 
 from collections.abc import Hashable, Iterable, Mapping
 
-from engine.fairness import FairQueue
+from engine.fairness import Charged, FairQueue
 from engine.holdings import Costs, Holdings, Source
 from engine.prefix import common_prefix
 from engine.sequence import Action, Chunk, Plan, Sequence, Slot
@@ -114,6 +114,15 @@ class Scheduler:
         free = sum(slot.sequence is None for slot in self.slots)
         return max(0, len(self.queue) + more - free)
 
+    def is_full_for(self, tenant: Charged, max_queue: int) -> bool:
+        """Whether another request of this tenant would be one too many.
+
+        A flood of one tenant does not shut the door on others: each may have its share of the queue.
+        """
+        if self.n_waiting_with(1) <= max_queue:
+            return False
+        return self.queue.n_waiting(tenant) + 1 > self.queue.share(tenant, max_queue)
+
     # Requests come and go
 
     def add(self, sequence: Sequence) -> None:
@@ -204,13 +213,13 @@ class Scheduler:
         lower = [each for each in running if each.tenant.priority < priority]
         if lower:
             return max(lower, key=lambda each: (-each.tenant.priority, each.age))
-        if queue.n_running(candidate) + 1 > max(1.0, queue.share(candidate, n_slots)):
+        if queue.n_running(candidate) + 1 > max(1.0, queue.share(candidate.tenant, n_slots)):
             return None
         over = [
             each
             for each in running
             if each.tenant.priority == priority
-            and queue.n_running(each) > max(1.0, queue.share(each, n_slots))
+            and queue.n_running(each) > max(1.0, queue.share(each.tenant, n_slots))
         ]
         return max(over, key=lambda each: (queue.served(each), each.age), default=None)
 

@@ -104,8 +104,10 @@ def test_shares_count_who_wants_something_now():
     queue: FairQueue[Asked] = FairQueue()
     heavy, light = Asked(HEAVY), Asked(A)
     queue.add(heavy)
-    assert queue.share(heavy, 8) == 8
+    assert queue.share(HEAVY, 8) == 8
+    assert queue.share(A, 8) == 2, "who asks counts too"
     queue.add(light)
-    assert (queue.share(heavy, 8), queue.share(light, 8)) == (6, 2)
+    assert (queue.share(HEAVY, 8), queue.share(A, 8)) == (6, 2)
     queue.remove(light)
-    assert queue.share(heavy, 8) == 8
+    assert queue.share(HEAVY, 8) == 8
+    assert (queue.n_waiting(HEAVY), queue.n_waiting(A)) == (1, 0)

@@ -284,6 +284,20 @@ def test_without_room_to_save_one_that_made_way_computes_again():
     assert model.computed["low"] == MIN_SAVED + MIN_SAVED + 1 + 18
 
 
+def test_a_flood_in_the_queue_leaves_others_their_share_of_it():
+    scheduler = fake(n_slots=1).scheduler
+    flood, guest = Tenant("flood"), Tenant("guest")
+    for i in range(9):
+        assert not scheduler.is_full_for(flood, 8)
+        scheduler.add(Sequence(i, prompt(3, start=i), max_tokens=2, tenant=flood))
+    assert scheduler.is_full_for(flood, 8)
+    for i in range(4):
+        assert not scheduler.is_full_for(guest, 8)
+        scheduler.add(Sequence(f"guest {i}", prompt(3, start=i), max_tokens=2, tenant=guest))
+    assert scheduler.is_full_for(guest, 8)
+    assert scheduler.is_full_for(flood, 8)
+
+
 # Memory that all share
 
 
