@@ -13,6 +13,7 @@ import numpy as np
 
 from engine.drafter import Drafter
 from engine.figures import Figures
+from engine.hands import Hands, Scaled
 from engine.holdings import Costs
 from engine.llama import Adapter, Context, DecodeFailed, Model
 from engine.pace import MAX_GUESSES, Luck, Pace
@@ -27,14 +28,12 @@ from engine.request import (
 )
 from engine.sampling import Sampler
 from engine.scheduler import TILE, Scheduler
-from engine.sequence import Action, Begin, Chunk, Drop, Plan, Save, Sequence
-from engine.stash import Demote, Discard, State
+from engine.sequence import Action, Begin, Chunk, Plan, Sequence
 from engine.states import States
 from engine.text import StopStrings
 from engine.writing import Progress, Writing
 
 Output = tuple[Hashable, Event | EngineError]
-Scaled = tuple[Adapter, float]
 
 
 class Loop:
@@ -71,7 +70,7 @@ class Loop:
         self.luck = Luck(self.pace)
         self.guesses = guesses if context.can_share_prefixes else 0
         self.drafter = drafter if self.guesses else None
-        self.states = states or States()
+        self.hands = Hands(context, states or States(), applied=applied, adapters=adapters)
         self.scheduler = Scheduler(
             n_slots=n_parallel,
             n_batch=context.n_batch,
@@ -84,10 +83,7 @@ class Loop:
             token_bytes=token_bytes,
         )
         self._writing: dict[Hashable, Writing] = {}
-        self._applied = list(applied)
-        self._adapters = dict(adapters or {})
-        self._in_use: Hashable = ()
-        self._act(self.scheduler.adopt(self.states.found()))
+        self._act(self.scheduler.adopt(self.hands.states.found()))
 
     @property
     def idle(self) -> bool:
@@ -131,15 +127,17 @@ class Loop:
     def step(self) -> list[Output]:
         """Admit, decode once, choose; everything that this gave, in slot order."""
         started = time.perf_counter()
-        self._act(self.scheduler.admit(), started)
+        actions = self.scheduler.admit()
+        self._act(actions)
+        self._admitted(actions, started)
         running = self.scheduler.running
         writing = [each for each in running if each.is_writing]
         drafts = self._guess(writing) if self.guesses and writing else None
         plan = self.scheduler.plan(n_prompt=self.pace.n_prompt(len(writing)), drafts=drafts)
-        self._act(plan.actions, started)
+        self._act(plan.actions)
         if not plan.chunks:
             return []
-        self._use(plan.adapters)
+        self.hands.use(plan.adapters)
         outputs = [output for call in self._calls(plan.chunks) for output in self._decode(call)]
         seconds = time.perf_counter() - started
         self._learn(plan, seconds)
@@ -164,6 +162,12 @@ class Loop:
             if not 0 <= token <= last:
                 raise InvalidRequest(f"{field} holds {token}; this vocabulary ends at {last}", field=field)
 
+    def _admitted(self, actions: Iterable[Action], now_s: float) -> None:
+        """Note when requests began to be computed."""
+        for action in actions:
+            if isinstance(action, Begin) and (writing := self._writing.get(action.sequence.id)) is not None:
+                writing.admitted_s = writing.admitted_s or now_s
+
     # Requests
 
     def _tokens(self, request: GenerationRequest) -> tuple[int, ...]:
@@ -179,8 +183,8 @@ class Loop:
 
     def _check_adapters(self, request: GenerationRequest) -> None:
         for name, _ in request.adapters:
-            if name not in self._adapters:
-                known = ", ".join(self._adapters) or "none"
+            if name not in self.hands.adapters:
+                known = ", ".join(self.hands.adapters) or "none"
                 raise InvalidRequest(f"adapter {name!r} is not loaded; there are: {known}", field="adapters")
 
     def _wait_s(self) -> float:
@@ -189,63 +193,11 @@ class Loop:
         finished = max(1, counters.requests_total - len(self._writing))
         return min(60.0, max(1.0, counters.busy_s / finished))
 
-    # Native memory
-
-    def _act(self, actions: Iterable[Action], now_s: float = 0.0) -> None:
-        """Bring the KV memory and the saved states to what the scheduler decided."""
-        saved: tuple[int, np.ndarray] | None = None  # what was last read of a slot, for several who copy it
-        for action in actions:
-            match action:
-                case Begin(sequence, slot, source, length):
-                    if isinstance(source, int) and source != slot and not self.context.unified:
-                        if saved is None or saved[0] != source:
-                            saved = source, self.context.save(source)
-                        self._bring(slot, saved[1], length)
-                    else:
-                        self._begin(slot, source, length)
-                    if saved is not None and saved[0] == slot:
-                        saved = None
-                    self._begun(sequence, slot, length, now_s)
-                case Save(slot, state):
-                    self.states.keep(state, self.context.save(slot))
-                case Drop(slot):
-                    self.context.remove(slot)
-                    saved = None if saved is not None and saved[0] == slot else saved
-                case Demote(state):
-                    self.states.demote(state)
-                case Discard(state):
-                    self.states.discard(state)
-
-    def _begin(self, slot: int, source: int | State | None, length: int) -> None:
-        if isinstance(source, State):
-            self._bring(slot, self.states.read(source), length)
-        elif source is None:
-            self.context.remove(slot)
-        elif source == slot:
-            self.context.remove(slot, length)
-        else:
-            self.context.share(source, slot, length)
-
-    def _bring(self, slot: int, data: np.ndarray | None, length: int) -> None:
-        """Restore a slot from bytes, if there are any and llama.cpp can."""
-        if data is not None and self.context.restore(slot, data):
-            self.context.remove(slot, length)
-
-    def _begun(self, sequence: Sequence, slot: int, length: int, now_s: float) -> None:
-        """What could not be brought (a damaged file, say), the sequence computes itself."""
-        if sequence.slot == slot and self.context.length(slot) != length:
-            self._act(self.scheduler.lost(sequence))
-        writing = self._writing.get(sequence.id)
-        if writing is not None:
-            writing.admitted_s = writing.admitted_s or now_s
-
-    def _use(self, adapters: Hashable) -> None:
-        """Apply the adapters of the next call's sequences."""
-        if adapters == self._in_use:
-            return
-        assert isinstance(adapters, tuple)
-        self.context.apply([*self._applied, *((self._adapters[name], scale) for name, scale in adapters)])
-        self._in_use = adapters
+    def _act(self, actions: Iterable[Action]) -> None:
+        """Bring native memory to what the scheduler decided; what could not be brought is computed."""
+        for sequence, slot in self.hands.act(actions):
+            if sequence.slot == slot:  # else it has made way meanwhile, and begins anew later
+                self._act(self.scheduler.lost(sequence))
 
     # A call
 

@@ -1,0 +1,174 @@
+"""Make what the engine's process runs: model, context, adapters, draft model, and the loop over them.
+
+What was not configured is chosen here, or measured: a few calls tell how long calls take.
+"""
+
+import hashlib
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import version
+
+from engine import pooled
+from engine.drafter import Drafter
+from engine.llama import Adapter, Context, Model, gpu_name
+from engine.loop import Loop
+from engine.memory import uses_mmap
+from engine.pace import Pace
+from engine.pooled import PooledLoop
+from engine.request import EMBEDDING_POOLINGS, EngineConfig, EngineInfo, ModelLoadFailed
+from engine.states import States
+
+GUESSES = 16  # logits that a call may have for guessed tokens, beside one a sequence
+WARM_UP_TOKENS = (32, 128)  # below a tile, and above
+
+
+def load(config: EngineConfig, stack: ExitStack) -> tuple[Loop | PooledLoop, EngineInfo]:
+    """Model, context and adapters as configured, and the loop of its kind; freed when `stack` closes."""
+    use_mmap = uses_mmap(config, on_gpu=offload_device(config) is not None)
+    model = stack.enter_context(
+        Model.open(config.model_path, n_gpu_layers=config.n_gpu_layers, use_mmap=use_mmap)
+    )
+    if config.kind != "text":
+        loop = pooled.open_loop(model, config, stack)
+        info = describe(config, model, loop.context)
+        return loop, replace(info, n_ctx=loop.n_ctx, n_embd=model.n_pooled, pooling=loop.pooling)
+    if not model.writes_text:
+        raise ModelLoadFailed(
+            f"{config.model_path}: {model.description} does not write text; if it is there to embed it, say "
+            f"how with pooling: {', '.join(EMBEDDING_POOLINGS)}"
+        )
+    context = stack.enter_context(open_context(model, config))
+    applied = [(Adapter(model, path), scale) for path, scale in config.lora]
+    adapters = {name: Adapter(model, path) for name, path in config.adapters}
+    if applied:
+        context.apply(applied)
+    drafter = open_drafter(model, config, stack)
+    pace = Pace(max_stall_s=config.max_stall_ms / 1000)
+    token_bytes = warm_up(context, pace)
+    loop = Loop(
+        model,
+        context,
+        n_ctx=config.n_ctx,
+        n_parallel=config.n_parallel,
+        max_queue=config.max_queue,
+        pace=pace,
+        guesses=GUESSES if config.speculation == "auto" else 0,
+        drafter=drafter,
+        ram_bytes=config.cache_ram_mb << 20,
+        disk_bytes=config.cache_disk_mb << 20,
+        states=States(config.cache_folder, fingerprint=fingerprint(config)) if config.cache_disk_mb else None,
+        token_bytes=token_bytes,
+        applied=applied,
+        adapters=adapters,
+    )
+    stack.callback(loop.close)
+    return loop, describe(config, model, context)
+
+
+def open_context(model: Model, config: EngineConfig) -> Context:
+    """A stream a sequence where the cells are enough for all, else one memory that all share.
+
+    In streams nobody looks at others' cells and a sequence's text does not depend on its neighbours; unified,
+    a few long requests and many short ones fit the same memory. Measured with 8 sequences of 1,000 tokens of
+    their own: 197 tokens/s in streams, 163 unified (docs/log.md).
+    """
+    enough = config.n_ctx * config.n_parallel
+    n_cells = enough if config.kv_cells is None else min(enough, config.kv_cells)
+    return Context.open(
+        model,
+        n_ctx=n_cells,
+        n_batch=max(config.n_batch, config.n_parallel),
+        n_seq_max=config.n_parallel,
+        n_outputs_max=config.n_parallel + (GUESSES if config.speculation == "auto" else 0),
+        n_threads=config.n_threads,
+        type_k=config.kv_type_k,
+        type_v=config.kv_type_v,
+        unified=n_cells < enough,
+    )
+
+
+def open_drafter(model: Model, config: EngineConfig, stack: ExitStack) -> Drafter | None:
+    """The draft model, if one is configured."""
+    if config.draft_model is None or config.speculation == "off":
+        return None
+    drafter = Drafter.open(
+        config.draft_model,
+        model,
+        n_ctx=config.n_ctx,
+        n_parallel=config.n_parallel,
+        n_threads=config.n_threads,
+        n_gpu_layers=config.n_gpu_layers,
+    )
+    stack.callback(drafter.close)
+    return drafter
+
+
+def fingerprint(config: EngineConfig) -> str:
+    """What a saved state depends on beside its tokens: the model's file, adapters, types, the library."""
+    files = [config.model_path, *(path for path, _ in config.lora)]
+    marks = [(path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    parts = [*marks, config.lora, config.adapters, config.kv_type_k, config.kv_type_v, config.n_gpu_layers]
+    return hashlib.sha256(repr([*parts, version("llama-cpp-python")]).encode()).hexdigest()
+
+
+def offload_device(config: EngineConfig) -> str | None:
+    """The GPU that layers go to; None when all runs on the CPU."""
+    return None if config.n_gpu_layers == 0 else gpu_name()
+
+
+def warm_up(context: Context, pace: Pace) -> int:
+    """A text through the tokenizer and some calls through the model; the bytes of a saved token.
+
+    The first request finds the weights in memory, and how long calls take is known before it. A vocabulary
+    that makes llama.cpp abort does so now, while the file can still be named. Raises ModelLoadFailed when
+    there is none.
+    """
+    if not context.model.has_vocabulary:
+        raise ModelLoadFailed(f"{context.model.path}: has no tokenizer; convert the model with its tokenizer")
+    context.model.tokenize("a", add_special=True, parse_special=True)
+    token = max(0, context.model.bos_id or 0)
+    n_most = min(context.n_batch, context.n_ctx_seq)
+    decode_tokens(context, token, 1)
+    for n_writing in sorted({min(count, n_most) for count in (1, 4, 8)}):
+        pace.learn(n_writing=n_writing, n_prompt=0, seconds=decode_tokens(context, token, n_writing))
+    for n_prompt in (min(count, n_most) for count in WARM_UP_TOKENS):
+        pace.learn(n_writing=0, n_prompt=n_prompt, seconds=decode_tokens(context, token, n_prompt))
+    size = len(context.save(0))
+    context.clear()
+    return -(-size // min(WARM_UP_TOKENS[-1], n_most))
+
+
+def decode_tokens(context: Context, token: int, count: int) -> float:
+    """Seconds of a call of so many tokens of one sequence."""
+    context.clear()
+    context.batch.clear()
+    context.batch.extend([token] * count, start=0, sequence=0, output=True)
+    started = time.perf_counter()
+    context.decode()
+    context.logits(count - 1)
+    return time.perf_counter() - started
+
+
+def describe(config: EngineConfig, model: Model, context: Context) -> EngineInfo:
+    """What the server wants to know of the loaded model."""
+    return EngineInfo(
+        n_ctx=config.n_ctx,
+        n_parallel=config.n_parallel,
+        n_ctx_train=model.n_ctx_train,
+        n_vocab=model.n_vocab,
+        n_embd=model.n_embd,
+        n_params=model.n_params,
+        size_bytes=model.size_bytes,
+        architecture=model.metadata.get("general.architecture", ""),
+        description=model.description,
+        chat_template=model.chat_template,
+        bos_token=model.token_text(model.bos_id),
+        eos_token=model.token_text(model.eos_id),
+        bos_id=model.bos_id,
+        eos_id=model.eos_id,
+        eot_id=model.eot_id,
+        add_bos=model.adds_bos,
+        gpu=offload_device(config),
+        n_threads=context.n_threads,
+    )
