@@ -23,7 +23,9 @@ from engine.states import States
 
 N_TRACES, N_GROUPS = 100, 5
 N_CTX, N_CELLS = 160, 224
-CLOSE = 0.15  # the size of a call moves logits by 0.1 (test_native_model.py); a wrong cell by several units
+# In a unified memory the order of a sequence's cells, and so of sums, depends on its neighbours, and the size
+# of a call moves logits by 0.1 (test_native_model.py). A wrong cell moves them by several units.
+CLOSE = 0.3
 WORDS = ["ZEBRA", "QUARTZ", "FJORD", "WALTZ", "JUMBO", "VIXEN", "PROXY", "KAYAK"]
 STEMS = [
     "",
@@ -48,8 +50,8 @@ def write_adapter(path: Path, seed: int) -> Path:
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 2.0)
     for name, n_in, n_out in (("blk.0.attn_q", 576, 576), ("blk.29.ffn_down", 1536, 576)):
-        writer.add_tensor(f"{name}.weight.lora_a", chance.normal(0, 0.2, (2, n_in)).astype(np.float32))
-        writer.add_tensor(f"{name}.weight.lora_b", chance.normal(0, 0.2, (n_out, 2)).astype(np.float32))
+        writer.add_tensor(f"{name}.weight.lora_a", chance.normal(0, 0.08, (2, n_in)).astype(np.float32))
+        writer.add_tensor(f"{name}.weight.lora_b", chance.normal(0, 0.08, (n_out, 2)).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -121,7 +121,7 @@ def test_an_encoders_scores_are_those_of_its_classifier(make_loop, folder):
         first = np.tanh(weights["cls.weight"] @ tiny.hidden("bert", weights, tokens)[0] + weights["cls.bias"])
         assert abs(score - (weights["cls.output.weight"] @ first + weights["cls.output.bias"])[0]) < 1e-4
     assert scores.shape == (len(TEXTS),)
-    assert np.ptp(scores) > 0.01
+    assert np.ptp(scores) > 1e-3, "a test that compares nothing"
 
 
 def test_a_decoders_scores_come_from_its_own_prompt(make_loop, folder):
