@@ -22,6 +22,8 @@ from engine.request import (
 from tests import tiny_models as tiny
 
 CLS, SEP, MASK = (tiny.VOCABULARY.index(text) for text in ("[CLS]", "[SEP]", "[MASK]"))
+# GELU comes from a table of f16 in llama.cpp: 1.2e-4 was seen on a CPU with AVX2. Another pooling differs by 0.1.
+CLOSE = 5e-4
 TEXTS = ["the cat sleeps", "a", "where is the red house?", "dog " * 40, "unknown Wörter, 42 of them!"]
 QUERY = "where is the cat"
 
@@ -87,7 +89,7 @@ def test_an_encoders_embeddings_are_those_of_transformers(make_loop, folder, poo
         n_tokens += len(tokens)
         hidden = tiny.hidden("bert", weights, tokens)
         expected = {"mean": hidden.mean(axis=0), "cls": hidden[0], "last": hidden[-1]}[pooling]
-        assert np.abs(row - unit(expected)).max() < 1e-4
+        assert np.abs(row - unit(expected)).max() < CLOSE
     assert found.values.dtype == np.float32
     assert found.n_tokens == n_tokens
     assert np.abs(found.values[0] - found.values[2]).max() > 0.01, "a test that compares nothing"
@@ -98,7 +100,7 @@ def test_a_pooling_of_the_configuration_goes_before_the_files(make_loop, folder)
     expected = unit(tiny.hidden("bert", weights, [CLS, *tiny.tokenize("the cat", folder), SEP])[0])
     for of_file in ("mean", "none", None):
         row = values(make_loop("bert", of_file, pooling="cls"), "the cat")[0]
-        assert np.abs(row - expected).max() < 1e-4
+        assert np.abs(row - expected).max() < CLOSE
 
 
 @pytest.mark.parametrize("n_batch", [512, 16])  # in one part, in several
@@ -119,7 +121,7 @@ def test_an_encoders_scores_are_those_of_its_classifier(make_loop, folder):
     for text, score in zip(TEXTS, scores, strict=True):
         tokens = [CLS, *query, SEP, *tiny.tokenize(text, folder), SEP]
         first = np.tanh(weights["cls.weight"] @ tiny.hidden("bert", weights, tokens)[0] + weights["cls.bias"])
-        assert abs(score - (weights["cls.output.weight"] @ first + weights["cls.output.bias"])[0]) < 1e-4
+        assert abs(score - (weights["cls.output.weight"] @ first + weights["cls.output.bias"])[0]) < CLOSE
     assert scores.shape == (len(TEXTS),)
     assert np.ptp(scores) > 1e-3, "a test that compares nothing"
 
