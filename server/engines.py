@@ -173,7 +173,9 @@ class _Draft:
     def plan(self, room_bytes: int, machine: Machine) -> Plan:
         model, facts = self.model, Facts.of(self.pieces)
         if self.kind != "text":
-            config = pooled.config(self.name, self.kind, model, self.pieces, room_bytes=room_bytes)
+            config = pooled.config(
+                self.name, self.kind, model, self.pieces, room_bytes=room_bytes, on_gpu=machine.on_gpu
+            )
             config.validate()
             return Plan(self.name, config, None, facts, self.cost(config.n_ctx, config.n_parallel))
         chosen = shape.choose(

@@ -16,13 +16,13 @@ EMBEDDING = frozenset({1, 2, 3})
 N_CTX = 2048
 LEAST_N_CTX = 256
 UNKNOWN_N_CTX = 512
-#: Tokens and texts of one call.
+#: Tokens and texts of one call. Attention looks at all pairs of a call's tokens, whosever they are: on a CPU
+#: shorter calls are faster where they change anything (docs/log.md), and let others in sooner.
 N_BATCH = 512
+N_BATCH_CPU = 256
 N_PARALLEL = 64
 #: Of the room that is there, a call takes so much of its own accord.
 SHARE = 0.5
-#: engine/pooling.py: up to here a number for each pair of tokens and each head, beyond it one for each pair.
-PLAIN_ATTENTION_TOKENS = 1024
 #: What makes no sense of a model that writes nothing.
 TEXT_OPTIONS = ("lora", "adapters", "draft_model", "kv_cells")
 
@@ -52,7 +52,7 @@ def check(name: str, kind: Kind, model: ModelSettings) -> None:
 
 
 def config(
-    name: str, kind: Kind, model: ModelSettings, pieces: Sequence[Header], *, room_bytes: int
+    name: str, kind: Kind, model: ModelSettings, pieces: Sequence[Header], *, room_bytes: int, on_gpu: bool
 ) -> EngineConfig:
     """What its engine is started with; the longest text is chosen from file and memory unless it is given."""
     path: Path = pieces[0].path
@@ -71,7 +71,7 @@ def config(
         pooling=model.pooling,
         n_ctx=n_ctx,
         n_parallel=n_parallel,
-        n_batch=N_BATCH,
+        n_batch=N_BATCH if on_gpu else N_BATCH_CPU,
         n_threads=model.threads,
         n_gpu_layers=model.gpu_layers,
         use_mmap=model.mmap,
@@ -88,10 +88,9 @@ def cost(pieces: Sequence[Header], n_ctx: int, n_parallel: int) -> Footprint:
     is_encoder = header.hyperparameter("attention.causal") is False
     n_outputs = room if is_encoder else n_parallel
     own = footprint(pieces, n_cells=0, n_parallel=n_outputs, n_batch=room)
-    heads = header.hyperparameter("attention.head_count")
-    pairs = room * room * (heads if isinstance(heads, int) and n_ctx <= PLAIN_ATTENTION_TOKENS else 2)
+    mask = 6 * room * room  # in float32, and once more in 16 bits
     kv = 0 if is_encoder else room * kv_bytes_per_cell(header)
-    return Footprint(own.weights_bytes, kv, own.compute_bytes + 4 * pairs)
+    return Footprint(own.weights_bytes, kv, own.compute_bytes + mask)
 
 
 def _fits(pieces: Sequence[Header], n_ctx: int, n_parallel: int, room_bytes: int) -> bool:

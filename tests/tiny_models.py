@@ -120,8 +120,8 @@ class _Draw:
         self._random = np.random.default_rng(seed)
 
     def __call__(self, *shape: int) -> np.ndarray:
-        # Larger ones would amplify the error of llama.cpp's GELU, which is a table in 16 bits.
-        return self._random.normal(0, 0.1, shape).astype(np.float32)
+        # As spread as BERT's own. Larger ones amplify what llama.cpp rounds to 16 bits: keys, values, GELU.
+        return self._random.normal(0, 0.05, shape).astype(np.float32)
 
 
 def _writer(path: Path, architecture: str, pooling: str | None) -> gguf.GGUFWriter:

@@ -317,7 +317,7 @@ def test_the_longest_text_is_chosen_from_file_and_memory(files):
 
     def n_ctx(room_bytes, **options):
         model = Model(**options)
-        return pooled.config("m", "embedding", model, pieces, room_bytes=room_bytes).n_ctx
+        return pooled.config("m", "embedding", model, pieces, room_bytes=room_bytes, on_gpu=False).n_ctx
 
     assert n_ctx(20 * GB) == 96
     pieces[0].metadata["bert.context_length"] = 8192  # pyright: ignore[reportIndexIssue]
