@@ -22,7 +22,7 @@ from engine.request import (
 from tests import tiny_models as tiny
 
 CLS, SEP, MASK = (tiny.VOCABULARY.index(text) for text in ("[CLS]", "[SEP]", "[MASK]"))
-# GELU comes from a table of f16 in llama.cpp: 1.2e-4 was seen on a CPU with AVX2. Another pooling differs by 0.1.
+# GELU comes from a table of f16 in llama.cpp: 1.2e-4 was seen on a CPU with AVX2. Another pooling gives 0.1.
 CLOSE = 5e-4
 TEXTS = ["the cat sleeps", "a", "where is the red house?", "dog " * 40, "unknown Wörter, 42 of them!"]
 QUERY = "where is the cat"
