@@ -67,9 +67,7 @@ def serve(
             help="Tokens of all requests together; by default n_ctx for each, 8192 at most.",
         ),
     ] = None,
-    kv_type_k: Annotated[
-        CacheType | None, typer.Option(help="Type of cached keys; f16 by default.")
-    ] = None,
+    kv_type_k: Annotated[CacheType | None, typer.Option(help="Type of cached keys; f16 by default.")] = None,
     kv_type_v: Annotated[
         CacheType | None, typer.Option(help="Type of cached values; f16 by default.")
     ] = None,
