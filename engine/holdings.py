@@ -67,8 +67,7 @@ class Holdings:
         if not self.stash.budgets["disk"]:
             return actions
         for index in sorted(range(len(self.slots)), key=lambda index: self.slots[index].last_used):
-            if self.tree.n_alone(index) >= MIN_SAVED:
-                self.save(index, actions)
+            self._rescue(index, actions)
         actions += self._forgotten(self.stash.empty("ram"))
         return actions
 
@@ -125,10 +124,7 @@ class Holdings:
         """Give an idle slot to a sequence; what only that slot held is saved if it is much."""
         free = [index for index, slot in enumerate(self.slots) if slot.sequence is None]
         target = self._target(free, source, length)
-        kept = length if target == source else 0
-        lost = len(self.slots[target].tokens) - kept
-        if min(lost, self.tree.n_alone(target)) >= MIN_SAVED:
-            self.save(target, actions)
+        self._rescue(target, actions, n_kept=length if target == source else 0)
         self._turn += 1
         slot = self.slots[target]
         slot.sequence, slot.last_used = sequence, self._turn
@@ -173,10 +169,15 @@ class Holdings:
             if not idle:
                 return False
             index = min(idle, key=lambda index: self.slots[index].last_used)
-            if self.tree.n_alone(index) >= MIN_SAVED:
-                self.save(index, actions)
+            self._rescue(index, actions)
             self.drop(index, actions)
         return True
+
+    def _rescue(self, index: int, actions: list[Action], *, n_kept: int = 0) -> None:
+        """A slot will lose all but `n_kept` tokens: save it if what only it holds of them is much."""
+        n_lost = len(self.slots[index].tokens) - n_kept
+        if min(n_lost, self.tree.n_alone(index)) >= MIN_SAVED:
+            self.save(index, actions)
 
     def _can_be_cut(self, holder: int | State, length: int) -> bool:
         """Sliding windows: whether the cells that the last of these tokens looks back on are there."""

@@ -27,8 +27,8 @@ from engine.request import (
     QueueFull,
 )
 from engine.sampling import Sampler
-from engine.scheduler import TILE, Scheduler
-from engine.sequence import Action, Begin, Chunk, Plan, Sequence
+from engine.scheduler import Scheduler
+from engine.sequence import TILE, Action, Begin, Chunk, Plan, Sequence
 from engine.states import States
 from engine.text import StopStrings
 from engine.writing import Progress, Writing

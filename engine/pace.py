@@ -9,10 +9,11 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from engine.sequence import TILE
+
 K = TypeVar("K", bound=Hashable)
 
 MIN_PROMPT = 8  # tokens of prompts in every call, whatever the stall: a prompt must come to its end
-TILE = 64  # tokens of a sequence from which on attention is computed in tiles (scheduler.py)
 SMALL_COSTS = 1.5  # a token of a smaller chunk, against one of a tile: at least, since it may be long ago
 CAUTION = 0.92  # of the stall is planned for, since times vary
 SMOOTHING = 0.3  # weight of the newest time

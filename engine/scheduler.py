@@ -23,12 +23,11 @@ from collections.abc import Hashable, Iterable, Mapping
 from engine.fairness import Charged, FairQueue
 from engine.holdings import Costs, Holdings, Source
 from engine.prefix import common_prefix
-from engine.sequence import Action, Chunk, Plan, Sequence, Slot
+from engine.sequence import TILE, Action, Chunk, Plan, Sequence, Slot
 from engine.stash import State
 
 MIN_SHARED = 32  # tokens worth waiting for until another sequence has computed them
 MIN_MOVED = 16  # tokens worth saving when a sequence makes way
-TILE = 64  # GGML_FA_TILE_Q
 GROWTH = 16  # tokens that each running sequence may be expected to write before another one ends
 
 

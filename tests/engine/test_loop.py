@@ -5,7 +5,7 @@ import pytest
 from engine.llama import Context, DecodeFailed
 from engine.loop import Loop
 from engine.request import ContextOverflow, GenerationRequest, InvalidRequest, QueueFull, Sampling
-from engine.scheduler import TILE
+from engine.sequence import TILE
 
 GREEDY = Sampling(temperature=0)
 

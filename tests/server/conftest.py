@@ -252,3 +252,14 @@ def make_embedder():
 def house(build) -> House:
     """A server with one model, `fake`, and no key."""
     return build()
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A function that writes lq.toml and returns its path."""
+
+    def write(text: str) -> Path:
+        (tmp_path / "lq.toml").write_text(text)
+        return tmp_path / "lq.toml"
+
+    return write

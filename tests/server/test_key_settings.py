@@ -1,7 +1,6 @@
 """[keys.NAME] and [limits]: what is read, what is refused, and which limit holds for whom."""
 
 import hashlib
-from pathlib import Path
 
 import pytest
 
@@ -16,17 +15,6 @@ SECRET = "a-secret-that-must-not-show"
 
 def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
-
-
-@pytest.fixture
-def written(tmp_path):
-    """A function that writes lq.toml and returns its path."""
-
-    def write(text: str) -> Path:
-        (tmp_path / "lq.toml").write_text(text)
-        return tmp_path / "lq.toml"
-
-    return write
 
 
 @pytest.fixture(autouse=True)

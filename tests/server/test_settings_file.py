@@ -14,17 +14,6 @@ from server.settings import DEFAULT_MODEL, HTTP, Adapter, Model, Settings, Setti
 EXAMPLE = Path(__file__).parents[2] / "examples" / "lq.toml"
 
 
-@pytest.fixture
-def written(tmp_path):
-    """A function that writes lq.toml and returns its path."""
-
-    def write(text: str) -> Path:
-        (tmp_path / "lq.toml").write_text(text)
-        return tmp_path / "lq.toml"
-
-    return write
-
-
 @pytest.fixture(autouse=True)
 def _no_key(monkeypatch):
     monkeypatch.delenv("LQ_API_KEY", raising=False)
