@@ -32,7 +32,7 @@ RUN python3 -m venv /opt/lq \
       /opt/lq/bin/pip install --no-cache-dir --index-url "$TORCH_INDEX" "$(grep '^torch==' wheelhouse/requirements.lock)"; \
     fi \
  && /opt/lq/bin/pip install --no-cache-dir -r wheelhouse/requirements.lock
-COPY pyproject.toml README.md ./
+COPY pyproject.toml hatch_build.py README.md ./
 COPY engine engine/
 COPY models models/
 COPY quantize quantize/
@@ -40,7 +40,8 @@ COPY rag rag/
 COPY prompts prompts/
 COPY server server/
 COPY lq lq/
-RUN /opt/lq/bin/pip install --no-cache-dir --no-deps --no-build-isolation .
+RUN if [ "$(uname -m)" = x86_64 ]; then export LQ_KERNEL_FLAGS=-march=x86-64-v3; else export LQ_KERNEL_FLAGS=; fi \
+ && /opt/lq/bin/pip install --no-cache-dir --no-deps --no-build-isolation .
 
 FROM ${RUNTIME}
 RUN apt-get update \

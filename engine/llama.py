@@ -25,6 +25,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 from llama_cpp import _ggml as ggml_library
 from llama_cpp import llama_cpp as native
 
+from engine import attention
 from engine.request import EngineError, KVType, ModelLoadFailed, Pooling
 from engine.runs import LONGEST_RUN, without_long_runs
 from engine.tensor import Tensor, TensorView
@@ -58,11 +59,12 @@ class _Log:
         self._started = False
 
     def start(self) -> None:
-        """Take over llama.cpp's log and initialise its backends, once."""
+        """Take over llama.cpp's log, initialise its backends, give it our attention; once."""
         with self._lock:
             if not self._started:
                 native.llama_log_set(self._callback, ctypes.c_void_p(0))
                 native.llama_backend_init()
+                attention.install()
                 self._started = True
 
     def _take(self, level: int, text: bytes, _data: object) -> None:

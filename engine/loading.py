@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 
-from engine import pooled
+from engine import attention, pooled
 from engine.drafter import Drafter
 from engine.llama import Adapter, Context, Model, gpu_name
 from engine.loop import Loop
@@ -20,7 +20,7 @@ from engine.request import EMBEDDING_POOLINGS, EngineConfig, EngineInfo, ModelLo
 from engine.states import States
 
 GUESSES = 16  # logits that a call may have for guessed tokens, beside one a sequence
-WARM_UP_TOKENS = (32, 128)  # below a tile, and above
+WARM_UP_TOKENS = 64  # of a prompt
 
 
 def load(config: EngineConfig, stack: ExitStack) -> tuple[Loop | PooledLoop, EngineInfo]:
@@ -117,6 +117,14 @@ def offload_device(config: EngineConfig) -> str | None:
     return None if config.n_gpu_layers == 0 else gpu_name()
 
 
+def slow_attention(config: EngineConfig) -> str | None:
+    """Why attention on the CPU is llama.cpp's own; None when it is ours, or a GPU does it."""
+    if offload_device(config) is not None:
+        return None
+    others = sorted({config.kv_type_k, config.kv_type_v} - {"f16", "f32"})  # llama.cpp casts f32 for us
+    return f"cells are {' and '.join(others)}, not f16" if others else attention.install()
+
+
 def warm_up(context: Context, pace: Pace) -> int:
     """A text through the tokenizer and some calls through the model; the bytes of a saved token.
 
@@ -132,11 +140,11 @@ def warm_up(context: Context, pace: Pace) -> int:
     decode_tokens(context, token, 1)
     for n_writing in sorted({min(count, n_most) for count in (1, 4, 8)}):
         pace.learn(n_writing=n_writing, n_prompt=0, seconds=decode_tokens(context, token, n_writing))
-    for n_prompt in (min(count, n_most) for count in WARM_UP_TOKENS):
-        pace.learn(n_writing=0, n_prompt=n_prompt, seconds=decode_tokens(context, token, n_prompt))
+    n_prompt = min(WARM_UP_TOKENS, n_most)
+    pace.learn(n_writing=0, n_prompt=n_prompt, seconds=decode_tokens(context, token, n_prompt))
     size = len(context.save(0))
     context.clear()
-    return -(-size // min(WARM_UP_TOKENS[-1], n_most))
+    return -(-size // n_prompt)
 
 
 def decode_tokens(context: Context, token: int, count: int) -> float:
@@ -171,4 +179,5 @@ def describe(config: EngineConfig, model: Model, context: Context) -> EngineInfo
         add_bos=model.adds_bos,
         gpu=offload_device(config),
         n_threads=context.n_threads,
+        slow_attention=slow_attention(config),
     )

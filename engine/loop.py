@@ -28,7 +28,7 @@ from engine.request import (
 )
 from engine.sampling import Sampler
 from engine.scheduler import Scheduler
-from engine.sequence import TILE, Action, Begin, Chunk, Plan, Sequence
+from engine.sequence import Action, Begin, Chunk, Plan, Sequence
 from engine.states import States
 from engine.text import StopStrings
 from engine.writing import Progress, Writing
@@ -138,7 +138,7 @@ class Loop:
         if not plan.chunks:
             return []
         self.hands.use(plan.adapters)
-        outputs = [output for call in self._calls(plan.chunks) for output in self._decode(call)]
+        outputs = self._decode(plan.chunks)
         seconds = time.perf_counter() - started
         self._learn(plan, seconds)
         self.figures.counters.decode_steps_total += 1
@@ -231,18 +231,6 @@ class Loop:
         n_writing = sum(len(chunk.tokens) for chunk in plan.chunks if chunk.is_writing)
         n_prompt = sum(len(chunk.tokens) for chunk in plan.chunks) - n_writing
         self.pace.learn(n_writing=n_writing, n_prompt=n_prompt, seconds=seconds)
-
-    def _calls(self, chunks: list[Chunk]) -> list[list[Chunk]]:
-        """In streams, each tile's chunk by itself: llama.cpp cuts calls of unequal chunks into equal ones.
-
-        So that a chunk of a tile beside a shorter one would lose its first tokens to the other's part, and
-        with them the kernel for tiles. A unified memory is not cut.
-        """
-        if self.context.unified:
-            return [chunks]
-        small = [chunk for chunk in chunks if len(chunk.tokens) < TILE]
-        large = [[chunk] for chunk in chunks if len(chunk.tokens) >= TILE]
-        return [small, *large] if small else large
 
     def _decode(self, chunks: list[Chunk]) -> list[Output]:
         batch = self.context.batch

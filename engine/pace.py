@@ -9,12 +9,9 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from engine.sequence import TILE
-
 K = TypeVar("K", bound=Hashable)
 
 MIN_PROMPT = 8  # tokens of prompts in every call, whatever the stall: a prompt must come to its end
-SMALL_COSTS = 1.5  # a token of a smaller chunk, against one of a tile: at least, since it may be long ago
 CAUTION = 0.92  # of the stall is planned for, since times vary
 SMOOTHING = 0.3  # weight of the newest time
 WORTH = 1.03  # guesses must promise this much more to be tried
@@ -29,7 +26,7 @@ class Pace:
     def __init__(self, *, max_stall_s: float | None = None) -> None:
         self.max_stall_s = max_stall_s
         self._writing_s: dict[int, float] = {}  # a call by its tokens, none of them of prompts
-        self._prompt_token_s: dict[bool, float] = {}  # in chunks of a tile or more, and in smaller ones
+        self._prompt_token_s: float | None = None
 
     def learn(self, *, n_writing: int, n_prompt: int, seconds: float) -> None:
         """A call held so many tokens of writing sequences, guesses too, and of prompts."""
@@ -38,11 +35,10 @@ class Pace:
             self._writing_s[n_writing] = before + SMOOTHING * (seconds - before)
         elif n_prompt >= MIN_PROMPT:
             a_token_s = max(1e-9, seconds - self.writing_s(n_writing)) / n_prompt
-            in_tiles = n_prompt >= TILE
-            before_s = self._prompt_token_s.get(in_tiles, a_token_s)
+            before_s = a_token_s if self._prompt_token_s is None else self._prompt_token_s
             # Faster up than down: a prompt's later tokens take longer than its first ones.
             weight = max(SMOOTHING, 0.6 * (a_token_s > before_s))
-            self._prompt_token_s[in_tiles] = before_s + weight * (a_token_s - before_s)
+            self._prompt_token_s = before_s + weight * (a_token_s - before_s)
 
     def writing_s(self, n_tokens: int) -> float:
         """Seconds of a call of so many writing sequences' tokens: between known ones on a line."""
@@ -64,18 +60,10 @@ class Pace:
         """Prompt tokens that the next call may hold beside writing sequences; None: any number."""
         if self.max_stall_s is None or not n_writing:
             return None
-        if not self._prompt_token_s:
+        if self._prompt_token_s is None:
             return MIN_PROMPT
-        small_s, tiled_s = self._prompt_token_s.get(False), self._prompt_token_s.get(True)
-        if tiled_s is None:
-            assert small_s is not None
-            tiled_s = small_s
-        else:
-            small_s = max(small_s or 0.0, SMALL_COSTS * tiled_s)
-        room_s = self.max_stall_s - self.writing_s(n_writing)
-        if room_s >= tiled_s * TILE:  # for one tile less caution: smaller chunks take twice the time a token
-            return max(TILE, int(CAUTION * room_s / tiled_s))
-        return max(MIN_PROMPT, min(TILE - 1, int(CAUTION * room_s / small_s)))
+        room_s = CAUTION * (self.max_stall_s - self.writing_s(n_writing))
+        return max(MIN_PROMPT, int(room_s / self._prompt_token_s))
 
 
 @dataclass(slots=True)

@@ -398,6 +398,7 @@ class EngineInfo:
     add_bos: bool
     gpu: str | None  # device name; None: everything runs on the CPU
     n_threads: int
+    slow_attention: str | None = None  # why llama.cpp's own kernel runs on the CPU; None: ours does
     pooling: Pooling | None = None  # of a model that does not write text
 
 

@@ -23,28 +23,12 @@ from collections.abc import Hashable, Iterable, Mapping
 from engine.fairness import Charged, FairQueue
 from engine.holdings import Costs, Holdings, Source
 from engine.prefix import common_prefix
-from engine.sequence import TILE, Action, Chunk, Plan, Sequence, Slot
+from engine.sequence import Action, Chunk, Plan, Sequence, Slot
 from engine.stash import State
 
 MIN_SHARED = 32  # tokens worth waiting for until another sequence has computed them
 MIN_MOVED = 16  # tokens worth saving when a sequence makes way
 GROWTH = 16  # tokens that each running sequence may be expected to write before another one ends
-
-
-def chunk_length(missing: int, room: int) -> int:
-    """How much of a prompt comes next: whole tiles, and never a rest that would be less than one.
-
-    From TILE tokens of a sequence in a call on, llama.cpp's CPU attention takes a kernel that is twice as
-    fast at 1,500 tokens of context, and whose last bits differ. Cut so, a prompt of a tile or more is
-    computed by it to its end, whatever the size of the calls, and gives the same text. Only where a call has
-    no room for a tile (somebody would wait too long) it is cut anywhere.
-    """
-    if missing <= room:
-        return missing
-    tiles = room // TILE * TILE
-    if missing - tiles < TILE <= tiles - TILE:
-        tiles -= TILE
-    return tiles or room
 
 
 class Scheduler:
@@ -333,20 +317,17 @@ class Scheduler:
 
         `room` may be exceeded by a fifth, within `most`, if that spares a call for the rest of a prompt.
         """
-        served, n_before = self.queue.served, 0
+        served = self.queue.served
         for each in sorted(group, key=lambda each: (-each.tenant.priority, served(each), each.age)):
             if room <= 0:
                 return
             if each.is_writing or each.leader:
                 continue
             start, missing = each.n_computed, len(each.tokens) - each.n_computed
-            length = missing if missing <= min(most, room + room // 5) else chunk_length(missing, room)
-            if n_before and length < missing and min(length, missing - length) < TILE:
-                return  # the next call has room for whole tiles
+            length = missing if missing <= min(most, room + room // 5) else room
             tokens = each.tokens[start : start + length]
             chunks.append(Chunk(each, tokens, start, samples=length == missing))
             room, most = room - length, most - length
-            n_before += 1
 
     def _group(self) -> list[Sequence]:
         """Running sequences of one set of adapters: that which was decoded longest ago."""

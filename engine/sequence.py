@@ -10,8 +10,6 @@ from engine.fairness import Charged
 from engine.request import Tenant
 from engine.stash import Demote, Discard, State
 
-TILE = 64  # GGML_FA_TILE_Q: tokens of a sequence in a call from which on attention is computed in tiles
-
 
 @dataclass(eq=False, slots=True)
 class Sequence:

@@ -82,6 +82,8 @@ def share(plan: Plan, standing: Standing, budget_bytes: int) -> str:
         parts.append(f"values {config.kv_type_v}")
     if info:
         parts.append(info.gpu or counted(info.n_threads, "thread"))
+        if info.slow_attention:
+            parts.append(f"llama.cpp's own attention ({info.slow_attention})")
     parts.append(f"{gigabytes(plan.footprint.total_bytes)} of {gigabytes(budget_bytes)}")
     if not info:
         parts.append("loaded on first use")

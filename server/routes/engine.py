@@ -49,6 +49,7 @@ def describe(plan: Plan, standing: Standing, names: list[str], stats: EngineStat
         kv_cells=0 if config.kind != "text" else config.kv_cells or config.n_ctx * config.n_parallel,
         n_threads=info.n_threads if info else config.n_threads,
         gpu=info.gpu if info else None,
+        slow_attention=info.slow_attention if info else None,
         memory=Memory(
             weights_bytes=memory.weights_bytes,
             kv_bytes=memory.kv_bytes,

@@ -29,6 +29,7 @@ class EngineState(msgspec.Struct, kw_only=True):
     kv_cells: int  # tokens of all requests together; 0 for models that write no text
     n_threads: int | None  # null: not loaded yet
     gpu: str | None  # device; null: the CPU, or not loaded yet
+    slow_attention: str | None  # why the CPU runs llama.cpp's own attention; null: it runs lq's kernel
     memory: Memory
     leases: int  # requests that hold it
     waiting: int  # requests that wait for it to load; those that wait in it are in `stats`

@@ -23,12 +23,6 @@ def test_a_call_with_a_prompt_takes_no_longer_than_the_stall():
     assert paced(stall=None, n1=0.01, p50=0.25).n_prompt(4) is None
 
 
-def test_one_tile_is_worth_a_little_less_caution_and_none_is_worth_smaller_chunks():
-    assert paced(n1=0.01, p32=0.32, p128=0.448).n_prompt(1) == 64, "0.224 s of the 0.24 that are left"
-    assert paced(n1=0.01, p32=0.32, p128=0.5).n_prompt(1) == int(CAUTION * 0.24 / 0.01)
-    assert paced(n1=0.01, p32=0.32, p128=0.1).n_prompt(1) == int(CAUTION * 0.24 / 0.1 * 128)
-
-
 def test_a_prompt_gets_its_share_however_slow_the_model():
     assert paced(n1=0.4, p32=9.0).n_prompt(1) == MIN_PROMPT
     assert Pace(max_stall_s=0.25).n_prompt(3) == MIN_PROMPT, "nothing is known yet"

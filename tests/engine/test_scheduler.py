@@ -4,7 +4,7 @@ import pytest
 
 from engine.holdings import MIN_SAVED, Costs
 from engine.request import Tenant
-from engine.scheduler import MIN_MOVED, MIN_SHARED, chunk_length
+from engine.scheduler import MIN_MOVED, MIN_SHARED
 from engine.sequence import Sequence
 from engine.stash import State
 from tests.engine.fakes import VOCABULARY, FakeModel, fake, prompt, run
@@ -20,23 +20,6 @@ def test_a_long_prompt_is_computed_in_chunks_of_the_call_size():
     model = fake(n_batch=8)
     run(model, Sequence("a", prompt(20), max_tokens=1))
     assert [len(call[0].tokens) for call in model.calls] == [8, 8, 4]
-
-
-@pytest.mark.parametrize(
-    ("missing", "room", "length"),
-    [
-        (300, 512, 300),  # all that is missing
-        (300, 200, 192),  # whole tiles
-        (300, 100, 64),
-        (300, 63, 63),  # no room for a tile
-        (200, 192, 128),  # the last chunk is a tile or more, not 8 tokens
-        (70, 64, 64),  # one tile is better than none
-        (64, 64, 64),
-        (40, 20, 20),
-    ],
-)
-def test_prompts_are_cut_into_whole_tiles(missing, room, length):
-    assert chunk_length(missing, room) == length
 
 
 def test_a_long_prompt_never_stops_those_that_write():
