@@ -27,6 +27,7 @@ class Outcome:
     turn: int
     sent_s: float = 0.0
     stamps: list[float] = field(default_factory=list)  # of every chunk that held text
+    sizes: list[int] = field(default_factory=list)  # characters of each of these chunks
     ended_s: float = 0.0
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
@@ -178,6 +179,7 @@ class Stream(Exchange):
             text = choice.delta.content or choice.delta.reasoning_content
             if text:
                 outcome.stamps.append(now)
+                outcome.sizes.append(len(text))
                 outcome.text += text
                 self.first.set()
         limit = self._leave_after_chars
@@ -189,24 +191,35 @@ class Stream(Exchange):
         self.outcome.failure, self.outcome.detail = "error", detail[:300]
 
 
-def post(port: int, path: str, body: Any) -> bytes:
+def head(method: str, path: str, port: int, key: str | None) -> str:
+    """The lines that every request begins with; `key`: of the API, None where none is needed."""
+    lines = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n"
+    return f"{lines}Authorization: Bearer {key}\r\n" if key else lines
+
+
+def post(port: int, path: str, body: Any, *, key: str | None = None) -> bytes:
     """The bytes of a request with a JSON body."""
     encoded = msgspec.json.encode(body)
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(encoded)}\r\nConnection: close\r\n\r\n".encode() + encoded
+    kind = f"Content-Type: application/json\r\nContent-Length: {len(encoded)}\r\n\r\n"
+    return (head("POST", path, port, key) + kind).encode() + encoded
 
 
-async def get(port: int, path: str, *, timeout_s: float = 30) -> bytes:
+async def get(port: int, path: str, *, key: str | None = None, timeout_s: float = 30) -> bytes:
     """The body at a path of a loopback server; empty unless it answers 200 in time."""
-    request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n".encode()
+    exchange = await exchanged(port, (head("GET", path, port, key) + "\r\n").encode(), timeout_s=timeout_s)
+    return bytes(exchange.body) if exchange and exchange.status == 200 and exchange.finished else b""
+
+
+async def exchanged(port: int, request: bytes, *, timeout_s: float) -> Exchange | None:
+    """One request and its whole response; None when there was no connection, or no end in time."""
     try:
         async with asyncio.timeout(timeout_s):
             loop = asyncio.get_running_loop()
             _, exchange = await loop.create_connection(lambda: Exchange(request), "127.0.0.1", port)
             await exchange.over.wait()
     except (OSError, TimeoutError):
-        return b""
-    return bytes(exchange.body) if exchange.status == 200 and exchange.finished else b""
+        return None
+    return exchange
 
 
 async def ask(
@@ -216,6 +229,7 @@ async def ask(
     *,
     origin: float,
     timeout_s: float,
+    key: str | None = None,
     leave_after_chars: int | None = None,
     on_first: asyncio.Event | None = None,
     until: asyncio.Event | None = None,
@@ -224,7 +238,7 @@ async def ask(
 
     `on_first` is set with the first text; the client hangs up when `until` is set.
     """
-    request = post(port, "/v1/chat/completions", body)
+    request = post(port, "/v1/chat/completions", body, key=key)
     outcome.sent_s = time.perf_counter() - origin
     stream = Stream(request, outcome, origin=origin, leave_after_chars=leave_after_chars)
     if on_first:

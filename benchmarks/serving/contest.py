@@ -6,7 +6,7 @@ its slots and its context are its own, and so that none inherits what another le
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,12 +16,14 @@ from typing import Literal
 import httpx
 
 from benchmarks import servers
+from benchmarks.serving import keys as api_keys
 from benchmarks.serving.catalogue import Scenario, Shape
 from benchmarks.serving.load import Round, Target, run_round
+from benchmarks.serving.play import play
 from benchmarks.serving.scenarios import chats
 from benchmarks.serving.texts import Texts
 
-SETTLE_S = 0.5  # after a round: requests that were left end, OpenMP's threads stop spinning
+Program = Literal["lq", "llama-server"]
 Say = Callable[[str], None]
 
 
@@ -30,7 +32,7 @@ class Contestant:
     """A server to be measured: which program, with which options beyond those of the scenario."""
 
     name: str
-    program: Literal["lq", "llama-server"]
+    program: Program
     options: tuple[str, ...] = ()
 
     @property
@@ -69,7 +71,7 @@ class Settings:
 
 @dataclass(slots=True)
 class Result:
-    """A scenario's rounds by contestant, in order; `problem` says why there are none."""
+    """A scenario's rounds by contestant, in order; `problem` says why there are none. `model`: the file."""
 
     scenario: str
     contestants: tuple[Contestant, Contestant]
@@ -77,6 +79,7 @@ class Result:
     memory_bytes: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     problem: str | None = None
+    model: str = ""
 
 
 def sized_texts(model: Path, logs: Path) -> Texts:
@@ -106,20 +109,26 @@ def contest(
     say: Say,
 ) -> Result:
     """Measure one scenario. What keeps a server from starting is the result's `problem`, not an error."""
-    result = Result(name, pair, {each.name: [] for each in pair})
+    result = Result(name, pair, {each.name: [] for each in pair}, model=model.name)
     began = time.monotonic()
     try:
         with _both(pair, name, scenario, model, settings) as running:
-            targets = {each: _target(each, server, settings.timeout_s) for each, server in running.items()}
+            targets = {
+                each: _target(each, server, settings.timeout_s, keys=scenario.keys)
+                for each, server in running.items()
+            }
             for target in targets.values():
                 asyncio.run(run_round(target, chats(texts, Random("warm"), clients=4, max_tokens=8)))
-            for number in range(settings.rounds):
-                clients = scenario.clients(texts, f"{name}/{number}", quick=settings.quick)
+            rounds = min(settings.rounds, scenario.rounds or settings.rounds)
+            for number in range(rounds):
                 for each in pair if number % 2 == 0 else reversed(pair):
-                    time.sleep(SETTLE_S)
-                    played = asyncio.run(run_round(targets[each], clients, leavers=scenario.leavers))
+                    alone = scenario.asks_alone and number == 0 and each.program == "lq"
+                    played = play(
+                        targets[each], scenario, texts, f"{name}/{number}", quick=settings.quick,
+                        asks_alone=alone,
+                    )  # fmt: skip
                     result.rounds[each.name].append(played)
-                    say(f"  round {number + 1}/{settings.rounds}  {told(each, scenario, played)}")
+                    say(f"  round {number + 1}/{rounds}  {told(each, scenario, played)}")
             result.memory_bytes = {each.name: server.memory_bytes() for each, server in running.items()}
     except servers.NotStarted as error:
         result.problem = str(error)
@@ -150,11 +159,24 @@ def _both(
         for number, each in enumerate(pair):
             port = servers.free_port()
             command = each.command(model, port, threads=settings.threads, shape=shape, slots=slots)
+            if scenario.keys and each.program == "lq":
+                config = settings.logs / f"{name}.toml"
+                config.write_text(api_keys.settings(scenario.keys), "utf-8")
+                command += ["--config", str(config)]
             log = settings.logs / f"{name}-{number}-{each.program}.log"
             running[each] = stack.enter_context(servers.running(command, port, log))
         yield running
 
 
-def _target(contestant: Contestant, server: servers.Server, timeout_s: float) -> Target:
-    name = httpx.get(f"{server.url}/models", timeout=30).raise_for_status().json()["data"][0]["id"]
-    return Target(server.port, name, contestant.running_metric, timeout_s)
+def _target(
+    contestant: Contestant, server: servers.Server, timeout_s: float, *, keys: Iterable[str]
+) -> Target:
+    """The server as the clients see it; `keys`: groups that have an API key."""
+    secrets = {group: api_keys.secret(group) for group in keys}
+    key = next(iter(secrets.values()), None)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    models = httpx.get(f"{server.url}/models", headers=headers, timeout=30).raise_for_status().json()
+    return Target(
+        server.port, models["data"][0]["id"], contestant.running_metric, timeout_s, keys=secrets,
+        held_bytes=server.memory_bytes,
+    )  # fmt: skip

@@ -36,9 +36,23 @@ FIGURES = {
     "others_tokens_per_s": Figure("throughput of those who stay", "tokens/s"),
     "step_s": Figure("time between their chunks, median", "s", 3),
     "freed_s": Figure("until those who left are let go", "s", 3),
+    "freed_steps": Figure("steps until then, the running one included", "steps"),
+    "unchanged": Figure("throughput of those who stay from then on, of that without the others", "×", 2),
     "cached_share": Figure("prompt tokens from the cache", "of 1", 2),
     "failed": Figure("failed requests, worst round", "", 0, "worst"),
     "requests": Figure("requests a round", "", 0),
+    "differing": Figure("texts other than those alone, worst round", "", 0, "worst"),
+    "unexcused": Figure("of them where the two best were 0.05 or more apart", "", 0, "worst"),
+    "parting_gap": Figure("farthest apart of these", "logits", 3, "worst"),
+    "tokens_ratio": Figure("tokens of the first key for one of the second", "", 2),
+    "off_weights": Figure("off the ratio of their weights", "%"),
+    "single_ttft_s": Figure("time to first token beside the flood, 95 %", "s", 3),
+    "alone_ttft_s": Figure("the same without a flood", "s", 3),
+    "ttft_of_alone": Figure("the one of the other", "×", 2),
+    "peak_mb": Figure("most memory of all processes", "MB", 0),
+    "beyond_budget_mb": Figure("of it beyond weights, KV cache and caches", "MB", 0),
+    "growth_mb": Figure("growth in the second half of the requests", "MB"),
+    "cache_growth_mb": Figure("of it prefixes kept within their budget", "MB"),
     "load_cpu_s": Figure("processor time of the load generator", "s", 2),
 }
 
@@ -68,27 +82,6 @@ def conversations(result: Round) -> dict[str, float | None]:
     """And the time to first token of all turns but the first."""
     later = [each.ttft_s for each in result.outcomes if each.complete and each.turn > 0]
     return everyday(result) | {"later_ttft_p50_s": middle(later)}
-
-
-def beside_long(result: Round) -> dict[str, float | None]:
-    """The long prompt's wait, and the longest gap of the streams within it."""
-    long = next(each for each in result.outcomes if each.group == "long")
-    streams = [each for each in result.outcomes if each.group == "streams"]
-    within = [gap for each in streams for gap in gaps(each, since_s=long.sent_s, until_s=first_or_end(long))]
-    own = everyday(result)
-    kept = {name: own[name] for name in COUNTS}
-    return kept | {"long_ttft_s": long.ttft_s, "gap_s": longest(within)}
-
-
-def those_who_stay(result: Round) -> dict[str, float | None]:
-    """The figures of the clients that stay, and how soon the others' slots are free."""
-    stay = [each for each in result.outcomes if each.group == "stay"]
-    own = everyday(Round(stay))
-    kept = {name: own[name] for name in ("ttft_p95_s", "gap_s")}
-    every = everyday(result)
-    kept |= {name: every[name] for name in COUNTS}
-    steps = middle(gap for each in stay for gap in gaps(each))
-    return kept | {"others_tokens_per_s": own["tokens_per_s"], "step_s": steps, "freed_s": result.freed_s}
 
 
 Evaluate = Callable[[Round], dict[str, float | None]]

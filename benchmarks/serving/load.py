@@ -6,11 +6,13 @@ Bounded in count (the scenario's clients, at most MAX_CLIENTS) and in time (`tim
 import asyncio
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.serving.alone import Solo
 from benchmarks.serving.client import Outcome, ask, get
+from benchmarks.serving.footprint import Footprint, watched
 from benchmarks.serving.plan import Client, Message, Turn
 
 MAX_CLIENTS = 64
@@ -20,23 +22,34 @@ FREED_WITHIN_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server under load. `running_metric`: the name of its gauge of sequences being decoded."""
+    """A server under load. `running_metric`: the name of its gauge of sequences being decoded; `keys`: API
+    keys by group of clients, none where nobody needs one; `held_bytes` tells what memory it holds now."""
 
     port: int
     model: str
     running_metric: str
     timeout_s: float
+    keys: Mapping[str, str] = field(default_factory=dict)
+    held_bytes: Callable[[], int] | None = None
+
+    def key(self, group: str) -> str | None:
+        """The key of a group, of any that has one where this has none: the warm-up belongs to nobody."""
+        return self.keys.get(group) or next(iter(self.keys.values()), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
     """What one round gave. `freed_s`: from the last planned departure until the server had let go of all who
     left; None when nobody was to leave, or when it had not within ten seconds. `load_cpu_s`: processor time
-    of the load generator itself, which it took from the server."""
+    of the load generator itself, which it took from the server. `without`: the round of the same clients but
+    for one group, played right after; `alone`: the same requests, each asked while nobody else asked."""
 
     outcomes: list[Outcome]
     freed_s: float | None = None
     load_cpu_s: float = 0.0
+    without: "Round | None" = None
+    alone: tuple[Solo, ...] = ()
+    footprint: Footprint | None = None
 
 
 @dataclass(slots=True)
@@ -96,6 +109,8 @@ class _Load:
         until = self.groups[client.until].ended if client.until else None
         broken = False
         for index, turn in enumerate(client.turns):
+            if until and until.is_set():
+                break
             outcome = Outcome(client.group, number, index)
             self.outcomes.append(outcome)
             if broken:
@@ -106,7 +121,8 @@ class _Load:
             body = request_body(self.target.model, [*history, *turn.messages], turn)
             await ask(
                 self.target.port, body, outcome, origin=self.origin, timeout_s=self.target.timeout_s,
-                leave_after_chars=turn.leave_after_chars, on_first=first, until=until,
+                key=self.target.key(client.group), leave_after_chars=turn.leave_after_chars,
+                on_first=first, until=until,
             )  # fmt: skip
             if client.history:
                 history += [*turn.messages, {"role": "assistant", "content": outcome.text}]
@@ -118,24 +134,39 @@ class _Load:
         start = time.perf_counter()
         while time.perf_counter() - start < FREED_WITHIN_S:
             left = sum(group.size - group.n_ended for group in self.groups.values())
-            running = gauge(await get(self.target.port, "/metrics"), self.target.running_metric)
+            metrics = await get(self.target.port, "/metrics", key=self.target.key(leavers))
+            running = gauge(metrics, self.target.running_metric)
             if running is not None and running <= left:
                 return time.perf_counter() - start
             await asyncio.sleep(POLL_S)
         return None
 
+    async def footprint(self) -> Footprint | None:
+        """What the server holds, every few seconds until all clients are through."""
+        if self.target.held_bytes is None:
+            return None
+        return await watched(
+            self.target.port, self.target.held_bytes, self.target.key(""), origin=self.origin,
+            n_ended=lambda: sum(outcome.ended_s > 0 for outcome in self.outcomes),
+            over=lambda: all(group.ended.is_set() for group in self.groups.values()),
+        )  # fmt: skip
 
-async def run_round(target: Target, clients: Sequence[Client], *, leavers: str | None = None) -> Round:
+
+async def run_round(
+    target: Target, clients: Sequence[Client], *, leavers: str | None = None, watch_memory: bool = False
+) -> Round:
     """Carry out a plan until every client is through. `leavers`: the group whose slots are watched."""
     if len(clients) > MAX_CLIENTS:
         raise ValueError(f"{len(clients)} clients; at most {MAX_CLIENTS} are loaded from one process")
     load, cpu_s = _Load(target, clients), time.process_time()
     async with asyncio.TaskGroup() as tasks:
+        memory = tasks.create_task(load.footprint()) if watch_memory else None
         for number, client in enumerate(clients):
             tasks.create_task(load.live(number, client))
         watch = tasks.create_task(load.freed(leavers)) if leavers else None
     freed_s = watch.result() if watch else None
-    return Round(load.outcomes, freed_s, time.process_time() - cpu_s)
+    held = memory.result() if memory else None
+    return Round(load.outcomes, freed_s, time.process_time() - cpu_s, footprint=held)
 
 
 def request_body(model: str, messages: Sequence[Message], turn: Turn) -> dict[str, Any]:

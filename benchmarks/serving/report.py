@@ -3,14 +3,15 @@
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks.serving.catalogue import SCENARIOS, Scenario
+from benchmarks.serving.alone import partings
+from benchmarks.serving.catalogue import SCENARIOS, SPECULATION_OFF, Goal, Scenario, never_slower
 from benchmarks.serving.compare import Comparison, Spread, compared
 from benchmarks.serving.contest import Result, Settings
 from benchmarks.serving.figures import FIGURES
@@ -18,6 +19,8 @@ from benchmarks.serving.load import Round
 
 #: Figures whose ratio means something: not counts, and not shares.
 WITH_RATIO = ("tokens/s", "s")
+#: Of a request: what it said, and what is written rounded.
+UNTOLD = ("text", "stamps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +32,24 @@ class ModelReport:
 
 
 def comparisons(result: Result) -> list[Comparison]:
-    """The figures that a scenario shows, compared over its rounds. Ratios that lq aims at are to the
-    server that the scenario is meant against: to another they are told without a verdict."""
-    scenario = SCENARIOS[result.scenario]
-    meant = "lq" if scenario.rival else "llama-server"
-    as_meant = result.contestants[1].program == meant
-    goals = [goal for goal in scenario.goals if goal.own or as_meant]
+    """The figures that a scenario shows, compared over its rounds."""
+    scenario, goals = SCENARIOS[result.scenario], goals_of(result)
     ours, theirs = (
         [scenario.evaluate(played) for played in result.rounds[each.name]] for each in result.contestants
     )
     return [compared(figure, ours, theirs, goals) for figure in scenario.shows]
+
+
+def goals_of(result: Result) -> list[Goal]:
+    """What lq aims at with this model beside this server. Ratios are judged to the server that they are
+    meant against: llama-server, or lq itself without speculation; to another they give no verdict."""
+    scenario, (ours, theirs) = SCENARIOS[result.scenario], result.contestants
+    own = [goal for goal in scenario.goals if goal.own]
+    ratios = [goal for goal in scenario.goals if not goal.own and goal.is_of(result.model)]
+    if theirs.program == "lq" and theirs.options == (*ours.options, *SPECULATION_OFF):
+        return own + (ratios if scenario.rival else never_slower(scenario.shows))
+    is_meant = theirs.program == "llama-server" and not scenario.rival
+    return own + (ratios if is_meant else [])
 
 
 def markdown(reports: Sequence[ModelReport], settings: Settings) -> str:
@@ -97,13 +108,23 @@ def _record(result: Result) -> dict[str, Any]:
 
 
 def _played(scenario: Scenario, played: Round) -> dict[str, Any]:
+    record: dict[str, Any] = {"figures": scenario.evaluate(played), "requests": _requests(played)}
+    if played.without:
+        record["without"] = {"group": scenario.without, "requests": _requests(played.without)}
+    if played.alone:
+        record["partings"] = [asdict(each) for each in partings(played.outcomes, played.alone)]
+        record["failed_alone"] = [each.failure for each in played.alone if each.failure]
+    if played.footprint:
+        record["footprint"] = asdict(played.footprint)
+    return record
+
+
+def _requests(played: Round) -> list[dict[str, Any]]:
     requests = []
     for each in played.outcomes:
-        record: dict[str, Any] = {
-            name: getattr(each, name) for name in each.__dataclass_fields__ if name not in ("text", "stamps")
-        }
-        requests.append(record | {"stamps": [round(stamp, 4) for stamp in each.stamps]})
-    return {"figures": scenario.evaluate(played), "requests": requests}
+        told = {name: getattr(each, name) for name in each.__dataclass_fields__ if name not in UNTOLD}
+        requests.append(told | {"stamps": [round(stamp, 4) for stamp in each.stamps]})
+    return requests
 
 
 def _by_pair(results: Iterable[Result]) -> list[tuple[tuple[str, str], list[Result]]]:

@@ -5,6 +5,8 @@ with a number of the round's own (Texts.fresh), so that nothing cached of earlie
 server has to be started again. Arrivals are spread and jittered by the same seed.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 from benchmarks.serving.plan import Client, Message, Turn
@@ -113,6 +115,47 @@ def abandoned(texts: Texts, rng: Random, *, clients: int = 16, stay: int = 192) 
         else:
             plans.append(Client(start, (short(texts, rng, max_tokens=stay),), group="stay"))
     return plans
+
+
+def weighted(
+    texts: Texts, rng: Random, *, keys: Sequence[str], clients: int = 12, turns: int = 6
+) -> list[Client]:
+    """Keys that all want more than there is: as many clients of each, asking again as soon as they have an
+    answer, until those of the first key are through."""
+    plans = []
+    for number, start in enumerate(arrivals(rng, clients * len(keys), 0.5)):
+        key = keys[number % len(keys)]
+        asked = tuple(short(texts, rng, max_tokens=48) for _ in range(turns))
+        plans.append(Client(start, asked, group=key, until=keys[0] if key != keys[0] else None))
+    return plans
+
+
+def flooded(
+    texts: Texts, rng: Random, *, flood: int = 32, singles: int = 20, answer: int = 256
+) -> list[Client]:
+    """One key asks for many long answers at once; another asks for one short answer after the other. The
+    flood ends with the singles, whose time it must outlast."""
+    plans = [
+        Client(start, (short(texts, rng, max_tokens=answer),), group="flood", until="single")
+        for start in arrivals(rng, flood, 0.2)
+    ]
+    asked = [short(texts, rng, max_tokens=16) for _ in range(singles)]
+    paced = tuple(replace(turn, pause_s=rng.uniform(0.05, 0.3)) for turn in asked)
+    return [*plans, Client(0.5, paced, group="single")]
+
+
+def many_short(texts: Texts, rng: Random, *, requests: int = 2000, clients: int = 8) -> list[Client]:
+    """A great many small requests, no two alike: what a server keeps of each adds up."""
+    plans = []
+    for number, start in enumerate(arrivals(rng, clients, 0.5)):
+        mine = len(range(number, requests, clients))
+        turns = (_small(texts, rng, tokens=rng.randrange(30, 60)) for _ in range(mine))
+        plans.append(Client(start, tuple(turns)))
+    return plans
+
+
+def _small(texts: Texts, rng: Random, *, tokens: int) -> Turn:
+    return Turn((user(texts.fresh(rng, tokens)),), rng.randrange(2, 6))
 
 
 def grounded(

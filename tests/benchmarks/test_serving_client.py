@@ -7,7 +7,7 @@ import time
 import pytest
 
 from benchmarks.serving import load as load_module
-from benchmarks.serving.client import Outcome, Stream, judge
+from benchmarks.serving.client import Outcome, Stream, judge, post
 from benchmarks.serving.load import Target, run_round
 from benchmarks.serving.plan import Client, Turn
 
@@ -153,3 +153,40 @@ def test_who_waits_for_a_group_waits_for_each_of_it_even_when_one_fails(monkeypa
 def test_too_many_clients_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="65 clients"):
         played(monkeypatch, [Client(0.0, (turn("x"),))] * 65, None)
+
+
+def test_a_client_asks_no_more_when_those_that_it_waits_for_are_through(monkeypatch):
+    asked = []
+
+    async def answer(_port, body, _outcome, *, until, **_):
+        asked.append(body["messages"][0]["content"])
+        await (until.wait() if until else asyncio.sleep(0.01))
+
+    flood = Client(0.0, (turn("flood"), turn("never")), group="flood", until="single")
+    outcomes = played(monkeypatch, [flood, Client(0.0, (turn("single"),), group="single")], answer)
+    assert sorted(asked) == ["flood", "single"]
+    assert len(outcomes) == 2
+
+
+def test_each_group_asks_with_its_key_and_others_with_any(monkeypatch):
+    used = {}
+
+    async def answer(_port, body, _outcome, *, key, **_):
+        used[body["messages"][0]["content"]] = key
+
+    monkeypatch.setattr(load_module, "ask", answer)
+    target = Target(1, "m", "running", 1, keys={"heavy": "key-h", "light": "key-l"})
+    clients = [Client(0.0, (turn(group),), group=group) for group in ("light", "heavy", "warm")]
+    asyncio.run(run_round(target, clients))
+    assert used == {"heavy": "key-h", "light": "key-l", "warm": "key-h"}
+    assert Target(1, "m", "running", 1).key("heavy") is None
+
+
+def test_a_key_goes_into_the_head_of_a_request_and_none_leaves_no_trace():
+    assert b"\r\nAuthorization: Bearer abc\r\n" in post(1, "/v1", {}, key="abc")
+    assert b"Authorization" not in post(1, "/v1", {})
+
+
+def test_the_characters_of_every_chunk_are_noted():
+    outcome = fed(HEAD + chunked(text("a ") + text("") + text("bcd"), 4096)).outcome
+    assert outcome.sizes == [2, 3]

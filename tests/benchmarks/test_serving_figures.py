@@ -1,23 +1,13 @@
 """The arithmetic of the serving benchmark: figures of a round, medians and paired ratios over rounds."""
 
-import pytest
-
 from benchmarks.serving.catalogue import SCENARIOS, Goal
 from benchmarks.serving.client import Outcome
 from benchmarks.serving.compare import Spread, compared
-from benchmarks.serving.contest import Contestant, Result
-from benchmarks.serving.figures import beside_long, everyday, gaps, percentile, those_who_stay
+from benchmarks.serving.contest import Contestant, Program, Result
+from benchmarks.serving.figures import everyday, gaps, percentile
 from benchmarks.serving.load import Round, gauge
-from benchmarks.serving.report import comparisons, failures
-
-
-def answered(*stamps: float, sent_s: float = 0.0, tokens: int | None = None, **fields) -> Outcome:
-    """A request that was answered to the end, one token a chunk unless told."""
-    given = {"group": "clients", "client": 0, "turn": 0} | fields
-    outcome = Outcome(**given)
-    outcome.sent_s, outcome.stamps, outcome.ended_s = sent_s, list(stamps), stamps[-1]
-    outcome.completion_tokens = len(stamps) if tokens is None else tokens
-    return outcome
+from benchmarks.serving.report import comparisons, failures, goals_of
+from tests.benchmarks.made_up import answered
 
 
 def failed(kind, *, ended_s: float, detail: str = "") -> Outcome:
@@ -65,26 +55,6 @@ def test_silence_before_a_stream_is_left_is_a_gap():
     stream = answered(1.0, 2.0)
     stream.left, stream.ended_s = True, 9.0
     assert gaps(stream) == [1.0, 7.0]
-
-
-def test_beside_a_long_prompt_only_gaps_until_its_first_token_count():
-    long = answered(4.0, 4.1, sent_s=2.0, group="long")
-    stream = answered(0.5, 1.9, 2.5, 3.9, 9.0, group="streams")
-    figures = beside_long(Round([stream, long]))
-    assert figures["long_ttft_s"] == 2.0
-    assert figures["gap_s"] == pytest.approx(5.1)  # it began before the long prompt's first token
-    assert beside_long(Round([answered(0.5, 1.9, 2.5, 3.9, group="streams"), long]))[
-        "gap_s"
-    ] == pytest.approx(1.4)
-
-
-def test_those_who_left_count_neither_as_failed_nor_as_throughput():
-    gone = answered(0.5, tokens=400, group="leave")
-    gone.left = True
-    figures = those_who_stay(Round([answered(1.0, 2.0, tokens=30, group="stay"), gone], freed_s=0.04))
-    assert figures["others_tokens_per_s"] == 15.0
-    assert figures["failed"] == 0
-    assert figures["freed_s"] == 0.04
 
 
 def test_quartiles_of_one_value_are_that_value():
@@ -149,6 +119,36 @@ def test_goals_against_llama_server_give_no_verdict_on_another_lq():
     verdicts = {row.figure: row.met for row in comparisons(Result("long-1200", pair, rounds))}
     assert verdicts["long_ttft_s"] is None
     assert verdicts["gap_s"] is False  # lq's own value is judged whoever stands beside it
+
+
+def goals(scenario: str, *options: str, program: Program = "lq", model: str = "m.gguf") -> dict[str, str]:
+    """What lq aims at beside another that has these options more."""
+    pair = (
+        Contestant("lq", "lq", ("--threads", "2")),
+        Contestant("other", program, ("--threads", "2", *options)),
+    )
+    goals = goals_of(Result(scenario, pair, model=model))
+    return {goal.figure: str(goal) for goal in reversed(goals)}
+
+
+def test_beside_itself_without_speculation_lq_aims_at_never_being_slower():
+    for scenario in SCENARIOS:
+        found = goals(scenario, "--speculation", "off")
+        speeds = {figure: text for figure, text in found.items() if text in ("≥ 0.98×", "≤ 1.02×")}
+        assert len(speeds) == (scenario != "memory"), scenario
+    assert goals("clients-8", "--speculation", "off") == {"tokens_per_s": "≥ 0.98×"}
+    assert goals("long-1200", "--speculation", "off")["long_ttft_s"] == "≤ 1.02×"
+
+
+def test_a_model_that_quotes_aims_at_more_in_quotations():
+    assert goals("grounded", "--speculation", "off")["stream_tokens_per_s"] == "≥ 0.98×"
+    large = goals("grounded", "--speculation", "off", model="Qwen2.5-Coder-1.5B-Q4_0.gguf")
+    assert large["stream_tokens_per_s"] == "≥ 1.2×"
+
+
+def test_grounded_gives_no_verdict_beside_llama_server_nor_beside_an_equal_lq():
+    assert goals("grounded", program="llama-server") == {}
+    assert goals("grounded") == {}
 
 
 def test_failures_are_counted_by_kind_with_their_first_detail():
