@@ -53,6 +53,7 @@ FIGURES = {
     "beyond_budget_mb": Figure("of it beyond weights, KV cache and caches", "MB", 0),
     "growth_mb": Figure("growth in the second half of the requests", "MB"),
     "cache_growth_mb": Figure("of it prefixes kept within their budget", "MB"),
+    "leak_mb": Figure("of it what they do not explain", "MB"),
     "load_cpu_s": Figure("processor time of the load generator", "s", 2),
 }
 

@@ -23,7 +23,8 @@ def play(
     watch = scenario.watches_memory
     played = asyncio.run(run_round(target, clients, leavers=scenario.leavers, watch_memory=watch))
     if scenario.without:
-        others = scenario.clients(texts, f"{seed}/without", quick=quick)  # nothing of it is cached
+        again = seed if scenario.same_texts else f"{seed}/without"
+        others = scenario.clients(texts, again, quick=quick)
         time.sleep(SETTLE_S)
         played = replace(played, without=asyncio.run(run_round(target, staying(others, scenario.without))))
     if asks_alone:

@@ -31,18 +31,20 @@ def as_alone(result: Round) -> dict[str, float | None]:
 
 def memory(result: Round) -> dict[str, float | None]:
     """The most that the processes held together, beyond what they were granted, and growth in the second
-    half of the requests."""
-    figures = everyday(result)
-    seen = result.footprint
+    half of the requests. A cache that still fills up within its budget is no leak, so it is told apart."""
+    figures, seen = everyday(result), result.footprint
     if seen is None or not seen.samples:
         return figures
     peak = max(each.held_bytes for each in seen.samples)
     beyond = None if seen.budget_bytes is None else (peak - seen.budget_bytes) / MEGABYTE
+    grown = growth(seen, lambda sample: sample.held_bytes)
+    kept = growth(seen, lambda sample: sample.cached_bytes)
     return figures | {
         "peak_mb": peak / MEGABYTE,
         "beyond_budget_mb": beyond,
-        "growth_mb": growth(seen, lambda sample: sample.held_bytes),
-        "cache_growth_mb": growth(seen, lambda sample: sample.cached_bytes),
+        "growth_mb": grown,
+        "cache_growth_mb": kept,
+        "leak_mb": None if grown is None or kept is None else grown - kept,
     }
 
 

@@ -39,7 +39,7 @@ def rounds(monkeypatch) -> list[list]:
 
 
 @pytest.mark.parametrize("name", ["abandoned", "flood"])
-def test_a_round_without_a_group_follows_with_texts_that_are_not_cached(texts, rounds, name):
+def test_a_round_without_a_group_follows(texts, rounds, name):
     scenario = SCENARIOS[name]
     result = play(TARGET, scenario, texts, "a/0", quick=True, asks_alone=False)
     (leavers, _, full), (_, _, without) = rounds
@@ -47,10 +47,19 @@ def test_a_round_without_a_group_follows_with_texts_that_are_not_cached(texts, r
     assert {client.group for client in full} - {client.group for client in without} == {scenario.without}
     assert result.without is not None
     assert {each.group for each in result.outcomes} > {each.group for each in result.without.outcomes}
+
+
+@pytest.mark.parametrize(("name", "is_same"), [("abandoned", True), ("flood", False)])
+def test_waits_are_compared_with_texts_that_are_not_cached_and_rates_with_the_same(
+    texts, rounds, name, is_same
+):
+    play(TARGET, SCENARIOS[name], texts, "a/0", quick=True, asks_alone=False)
+    (_, _, full), (_, _, without) = rounds
     asked = [
         {turn.messages[0]["content"] for client in plan for turn in client.turns} for plan in (full, without)
     ]
-    assert not asked[0] & asked[1]
+    assert (asked[0] >= asked[1]) == is_same
+    assert bool(asked[0] & asked[1]) == is_same
 
 
 @pytest.mark.parametrize("name", [name for name, each in SCENARIOS.items() if each.without])

@@ -156,11 +156,24 @@ def test_growth_is_of_the_second_half_alone():
     assert growth(seen, lambda sample: sample.held_bytes) == pytest.approx(5.0)
 
 
+def test_a_cache_that_fills_up_within_its_budget_is_no_leak():
+    sizes = [100.0, 100.0, 100.0, 100.0, 140.0, 140.0, 150.0, 160.0, 175.0, 185.0]
+    samples = tuple(
+        Sample(float(n), 100 * (n + 1), int(size * MB), int((size - 90 - n) * MB))
+        for n, size in enumerate(sizes)
+    )
+    figures = memory(Round([], footprint=Footprint(samples, 300 * MB)))
+    assert figures["growth_mb"] == pytest.approx(40)
+    assert figures["cache_growth_mb"] == pytest.approx(36)
+    assert figures["leak_mb"] == pytest.approx(4)
+
+
 def test_a_server_that_tells_no_budgets_has_a_peak_all_the_same():
     figures = memory(Round([], footprint=Footprint((Sample(0.0, 1, 5 * MB),))))
     assert figures["peak_mb"] == 5
     assert figures["beyond_budget_mb"] is None
     assert figures["cache_growth_mb"] is None
+    assert figures["leak_mb"] is None
 
 
 def test_an_unwatched_round_says_nothing_of_memory():
