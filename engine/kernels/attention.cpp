@@ -331,7 +331,6 @@ void turn(const char * from, size_t stride, int n, int64_t dk, float * to) {
 
 void convert(const char * from, size_t stride, int n, int64_t width, float * to) {
     for (int j = 0; j < n; j++, from += stride, to += width) {
-        for (int64_t d = 0; d < width; d += 32) prefetch(from + TILE * stride + d * 2);
         for (int64_t d = 0; d < width; d += LANES) store(to + d, load((const ggml_fp16_t *) from + d));
     }
 }
@@ -345,12 +344,14 @@ const ggml_fp16_t * mask_of(const Shape & s, const Item & item, int query) {
 
 Sight sight(const ggml_fp16_t * mask, int n) {
     if (!mask) return Sight::all;
-    bool open = true, closed = true;
-    for (int j = 0; j < n; j++) {
-        open &= mask[j] == 0;
-        closed &= mask[j] == MASKED;
+    uint64_t open = 0, closed = 0;  // bits that are not as they would be
+    for (int j = 0; j < n; j += 4) {
+        uint64_t four;
+        memcpy(&four, mask + j, sizeof four);
+        open |= four;
+        closed |= four ^ (MASKED * 0x0001000100010001u);
     }
-    return closed ? Sight::none : open ? Sight::all : Sight::some;
+    return closed == 0 ? Sight::none : open == 0 ? Sight::all : Sight::some;
 }
 
 // ALiBi: how much a head minds distance; 1 without.
@@ -395,6 +396,8 @@ struct Block {
     }
 
     void score(int64_t cell, int n, const int * rows, const bool * masked, int count, int column) {
+        for (int j = 0; j < n; j++)  // by the time that the scores are done, they are here
+            for (int64_t d = 0; d < s.dv; d += 32) prefetch(values + (cell + j) * s.v->nb[1] + d * 2);
         turn(keys + cell * s.k->nb[1], s.k->nb[1], n, s.dk, at.k_tile);
         for (int i = 0; i < count; i += 3) {
             const int r = std::min(3, count - i);
