@@ -2,7 +2,7 @@
 
 Builds llama-server from the same sources as lq's own llama.cpp on first use (benchmarks/peer.py), runs both
 beside each other on loopback, alternates between them, and writes a table, plots and JSON. Everything takes
-an hour to an hour and a half with the default model on 2 cores, --quick about a quarter of an hour.
+about two hours with the default model on 2 cores, --quick about half an hour.
 """
 
 import argparse
@@ -25,6 +25,17 @@ from benchmarks.serving.report import ModelReport, document, markdown
 from quantize.plots import png, svg
 
 DEFAULT_MODEL = "smollm2-135m-instruct:Q4_0"
+
+EXAMPLES = """
+
+examples, as ARGS of `make bench-serve`:
+  speculation on against off, in every scenario:
+    --peer lq --peer-option "--speculation off"
+  what others' requests do to one's own, and what weights give:
+    --scenarios abandoned,flood,weights
+  the same texts without room for all, and memory over 2,000 requests:
+    --scenarios oversubscribed,memory
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,7 +122,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serving",
         description=__doc__,
-        epilog="scenarios:\n" + "\n".join(f"  {name:15} {each.title}" for name, each in SCENARIOS.items()),
+        epilog="scenarios:\n"
+        + "\n".join(f"  {name:15} {each.title}" for name, each in SCENARIOS.items())
+        + EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

@@ -114,6 +114,16 @@ def parted(text: str, solo: Solo) -> Parting | None:
     return Parting(solo.client, solo.turn, at, None)
 
 
+def unlike(first: Sequence[Solo], again: Sequence[Solo]) -> int:
+    """Requests of `again` whose text is another than alone the first time: what no load has done."""
+    texts = {(each.client, each.turn): _text(each) for each in first}
+    return sum(_text(each) != texts.get((each.client, each.turn)) for each in again)
+
+
+def _text(solo: Solo) -> bytes | None:
+    return None if solo.failure else b"".join(each.text for each in solo.tokens)
+
+
 def _gap(token: Token, rest: bytes) -> float | None:
     """From the chosen token to the likeliest with which the other text could go on."""
     others = [value for text, value in token.likeliest if text and rest.startswith(text)]

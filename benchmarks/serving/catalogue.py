@@ -165,6 +165,7 @@ SCENARIOS = {
             "differing",
             "unexcused",
             "parting_gap",
+            "unlike_again",
             "tokens_per_s",
             "ttft_p50_s",
             "ttft_p95_s",

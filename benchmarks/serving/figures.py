@@ -44,6 +44,7 @@ FIGURES = {
     "differing": Figure("texts other than those alone, worst round", "", 0, "worst"),
     "unexcused": Figure("of them where the two best were 0.05 or more apart", "", 0, "worst"),
     "parting_gap": Figure("farthest apart of these", "logits", 3, "worst"),
+    "unlike_again": Figure("texts of 8 that differ when asked alone twice", "", 0, "worst"),
     "tokens_ratio": Figure("tokens of the first key for one of the second", "", 2),
     "off_weights": Figure("off the ratio of their weights", "%"),
     "single_ttft_s": Figure("time to first token beside the flood, 95 %", "s", 3),

@@ -42,13 +42,15 @@ class Round:
     """What one round gave. `freed_s`: from the last planned departure until the server had let go of all who
     left; None when nobody was to leave, or when it had not within ten seconds. `load_cpu_s`: processor time
     of the load generator itself, which it took from the server. `without`: the round of the same clients but
-    for one group, played right after; `alone`: the same requests, each asked while nobody else asked."""
+    for one group, played right after; `alone`: the same requests, each asked while nobody else asked;
+    `again`: some of them asked so once more."""
 
     outcomes: list[Outcome]
     freed_s: float | None = None
     load_cpu_s: float = 0.0
     without: "Round | None" = None
     alone: tuple[Solo, ...] = ()
+    again: tuple[Solo, ...] = ()
     footprint: Footprint | None = None
 
 

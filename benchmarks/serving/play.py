@@ -13,6 +13,8 @@ from benchmarks.serving.texts import Texts
 
 SETTLE_S = 0.5  # after a round: requests that were left end, OpenMP's threads stop spinning
 
+CONTROLS = 8  # clients whose requests are asked alone twice: what differs there is not the load's doing
+
 
 def play(
     target: Target, scenario: Scenario, texts: Texts, seed: str, *, quick: bool, asks_alone: bool
@@ -29,7 +31,9 @@ def play(
         played = replace(played, without=asyncio.run(run_round(target, staying(others, scenario.without))))
     if asks_alone:
         time.sleep(SETTLE_S)
-        played = replace(played, alone=asyncio.run(one_by_one(target, clients)))
+        alone = asyncio.run(one_by_one(target, clients))
+        again = asyncio.run(one_by_one(target, clients[:CONTROLS]))
+        played = replace(played, alone=alone, again=again)
     return played
 
 

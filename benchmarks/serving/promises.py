@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from benchmarks.serving.alone import partings
+from benchmarks.serving.alone import partings, unlike
 from benchmarks.serving.figures import everyday
 from benchmarks.serving.footprint import Footprint, Sample
 from benchmarks.serving.load import Round
@@ -26,6 +26,7 @@ def as_alone(result: Round) -> dict[str, float | None]:
         "differing": float(len(found)),
         "unexcused": float(unexcused),
         "parting_gap": widest,
+        "unlike_again": float(unlike(result.alone, result.again)),
     }
 
 

@@ -89,8 +89,9 @@ def test_every_request_is_asked_alone_one_after_the_other(texts, rounds, monkeyp
     monkeypatch.setattr(play_module, "ask_alone", ask_alone)
     result = play(TARGET, SCENARIOS["oversubscribed"], texts, "a/0", quick=True, asks_alone=True)
     (_, _, clients), *_ = rounds
-    assert asked == [(n, 0, each.turns[0].messages[0]["content"]) for n, each in enumerate(clients)]
-    assert len(result.alone) == 32
+    expected = [(n, 0, each.turns[0].messages[0]["content"]) for n, each in enumerate(clients)]
+    assert asked == expected + expected[:8]  # some twice: what differs there is not the load's doing
+    assert (len(result.alone), len(result.again)) == (32, 8)
 
 
 def test_nothing_is_asked_alone_of_an_empty_plan():

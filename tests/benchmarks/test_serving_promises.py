@@ -86,6 +86,14 @@ def test_only_close_calls_are_excused():
     assert figures["parting_gap"] == pytest.approx(1.9)
 
 
+def test_texts_that_differ_alone_are_counted_apart():
+    alone = [solo(token(text), client=number) for number, text in enumerate("abc")]
+    again = [solo(token("a"), client=0), solo(token("x"), client=1), solo(failure="500", client=2)]
+    figures = as_alone(Round([answered(1.0, text="a")], alone=tuple(alone), again=tuple(again)))
+    assert figures["differing"] == 0
+    assert figures["unlike_again"] == 2
+
+
 def test_a_round_that_was_not_asked_alone_says_nothing_of_texts():
     assert "differing" not in as_alone(Round([answered(1.0)]))
 
