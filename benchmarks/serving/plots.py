@@ -16,7 +16,7 @@ CHARTS = {
                    ("tokens_per_s", "others_tokens_per_s")),
     "first-token": ("time to first token (95 % of requests), less is better", "seconds (log scale)", True,
                     ("ttft_p95_s", "long_ttft_s")),
-    "unchanged": ("with others beside, of that without them; 1 is unchanged", "times", False,
+    "unchanged": ("with others beside, of that without them; 1 is unchanged", "times (log scale)", True,
                   ("unchanged", "ttft_of_alone")),
     "weights": ("tokens of the first key for one of the second", "tokens", False, ("tokens_ratio",)),
     "memory": ("most memory of all processes", "MB", False, ("peak_mb",)),

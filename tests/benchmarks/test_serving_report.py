@@ -1,12 +1,15 @@
 """What a run of the serving benchmark leaves behind: a table that says everything, and plots."""
 
 import json
+from dataclasses import replace
 
 import msgspec
 import pytest
 
+from benchmarks.serving.alone import Solo, Token
 from benchmarks.serving.client import Outcome
 from benchmarks.serving.contest import Contestant, Result, Settings
+from benchmarks.serving.footprint import Footprint, Sample
 from benchmarks.serving.load import Round
 from benchmarks.serving.plots import charts
 from benchmarks.serving.report import ModelReport, document, markdown
@@ -79,3 +82,28 @@ def test_charts_are_drawn_also_where_a_server_only_failed(report):
 
 def test_nothing_is_drawn_of_a_run_without_results(report):
     assert charts(ModelReport(report.model, report.results[2:])) == {}
+
+
+def test_what_is_played_beside_a_round_is_in_the_json_and_in_plots_of_its_own(report, settings):
+    seen = Footprint((Sample(0.0, 5, 80_000_000, 1_000), Sample(2.0, 10, 90_000_000, 1_000)), 70_000_000)
+    token = Token(b"other", -0.5, ((b"other", -0.5), (b"secret", -0.75)))
+    alone = replace(answered(20.0), alone=(Solo(0, 0, (token,)),))
+    flood = replace(answered(20.0), without=answered(10.0))
+    results = [
+        Result(name, (LQ, PEER), {"lq": [played], "llama-server": [broken()]})
+        for name, played in (
+            ("oversubscribed", alone),
+            ("flood", flood),
+            ("memory", replace(answered(20.0), footprint=seen)),
+        )
+    ]
+    report = ModelReport(report.model, tuple(results))
+    record = json.loads(json.dumps(msgspec.to_builtins(document([report], settings))))
+    rounds = [each["rounds"]["lq"][0] for each in record["models"][0]["scenarios"]]
+    assert rounds[0]["partings"] == [{"client": 0, "turn": 0, "at_byte": 0, "gap": 0.25}]
+    assert rounds[1]["without"]["group"] == "flood"
+    assert len(rounds[1]["without"]["requests"]) == 1
+    assert rounds[2]["footprint"]["samples"][1]["held_bytes"] == 90_000_000
+    assert "secret" not in json.dumps(record)
+    assert "| 20 | none |  | ≤ 400 MB, met |" in markdown([report], settings)
+    assert "memory" in charts(report)
