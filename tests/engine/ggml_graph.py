@@ -1,0 +1,210 @@
+"""One attention operation through ggml's CPU backend, with or without our kernel.
+
+The memory around a call is a trap: after the end of every tensor comes a page that must not be read, results
+and scratch memory start as NaN, and what lies behind the scratch memory must stay as it was.
+"""
+
+import ctypes
+import mmap
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+
+import numpy as np
+from llama_cpp import llama_cpp as native
+
+from engine.attention import calls as kernel_calls
+from engine.attention import install as install_kernel
+from engine.attention import library_path as kernel_library
+from tests.engine.attention_calls import BF16, F16, F32, Call
+
+__all__ = ["AttentionProcess", "compute", "kernel_library"]
+
+PAGE = mmap.PAGESIZE
+ALIGNMENT = 32  # of every tensor, as ggml's CPU buffers have it
+GUARD = b"\xa5" * 4096
+PROT_NONE = 0
+
+
+class _Plan(ctypes.Structure):
+    """struct ggml_cplan."""
+
+    _fields_ = (
+        ("work_size", ctypes.c_size_t),
+        ("work_data", ctypes.c_void_p),
+        ("n_threads", ctypes.c_int),
+        ("threadpool", ctypes.c_void_p),
+        ("abort_callback", ctypes.c_void_p),
+        ("abort_callback_data", ctypes.c_void_p),
+        ("use_ref", ctypes.c_bool),
+    )
+
+
+class _InitParams(ctypes.Structure):
+    """struct ggml_init_params."""
+
+    _fields_ = (
+        ("mem_size", ctypes.c_size_t),
+        ("mem_buffer", ctypes.c_void_p),
+        ("no_alloc", ctypes.c_bool),
+    )
+
+
+_P, _I64, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURES = {  # name: result, arguments
+    "ggml_cpu_init": (None, []),
+    "ggml_init": (_P, [_InitParams]),
+    "ggml_free": (None, [_P]),
+    "ggml_new_tensor_4d": (_P, [_P, ctypes.c_int, _I64, _I64, _I64, _I64]),
+    "ggml_permute": (_P, [_P, _P, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int]),
+    "ggml_nbytes": (ctypes.c_size_t, [_P]),
+    "ggml_quantize_chunk": (ctypes.c_size_t, [ctypes.c_int, _P, _P, _I64, _I64, _I64, _P]),
+    "ggml_flash_attn_ext": (_P, [_P, _P, _P, _P, _P, _F, _F, _F]),
+    "ggml_flash_attn_ext_add_sinks": (None, [_P, _P]),
+    "ggml_new_graph": (_P, [_P]),
+    "ggml_build_forward_expand": (None, [_P, _P]),
+    "ggml_graph_plan": (_Plan, [_P, ctypes.c_int, _P]),
+    "ggml_graph_compute": (ctypes.c_int, [_P, ctypes.POINTER(_Plan)]),
+    "ggml_backend_cpu_buffer_from_ptr": (_P, [_P, ctypes.c_size_t]),
+    "ggml_backend_tensor_alloc": (ctypes.c_int, [_P, _P, _P]),
+    "ggml_backend_buffer_free": (None, [_P]),
+}
+
+
+def _ggml() -> ctypes.CDLL:
+    """The library that llama_cpp computes with; all of ggml resolves through its dependencies."""
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(native._lib, name)
+        function.restype, function.argtypes = result, arguments
+    return native._lib
+
+
+class _Trap:
+    """Memory whose end is the end of what may be touched (up to the alignment)."""
+
+    def __init__(self, size: int, content: bytes | None = None) -> None:
+        n_pages = (size + PAGE - 1) // PAGE
+        self._memory = mmap.mmap(-1, (n_pages + 1) * PAGE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self.address = start + (n_pages * PAGE - size) // ALIGNMENT * ALIGNMENT
+        self.size = size
+        ctypes.memset(start, 0xFF, n_pages * PAGE)  # NaN, in 16 bits and in 32
+        if content is not None:
+            ctypes.memmove(self.address, content, size)
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mprotect.argtypes = [_P, ctypes.c_size_t, ctypes.c_int]
+        if libc.mprotect(start + n_pages * PAGE, PAGE, PROT_NONE):
+            raise OSError(ctypes.get_errno(), "mprotect")
+
+    def floats(self) -> np.ndarray:
+        """A copy of the content."""
+        return np.frombuffer(ctypes.string_at(self.address, self.size), np.float32).copy()
+
+
+class _Graph:
+    """Tensors in memory of ours."""
+
+    def __init__(self, exits: ExitStack) -> None:
+        self.ggml, self._exits = _ggml(), exits
+        self.context = self.ggml.ggml_init(_InitParams(1 << 20, None, True))
+        exits.callback(self.ggml.ggml_free, self.context)
+
+    def place(self, tensor: int, content: bytes | None = None) -> _Trap:
+        """Give a tensor its memory."""
+        size = self.ggml.ggml_nbytes(tensor)
+        assert content is None or len(content) == size
+        trap = _Trap(size, content)
+        buffer = self.ggml.ggml_backend_cpu_buffer_from_ptr(trap.address, size)
+        self._exits.callback(self.ggml.ggml_backend_buffer_free, buffer)
+        assert self.ggml.ggml_backend_tensor_alloc(buffer, tensor, trap.address) == 0
+        self._exits.callback(lambda: trap)  # lives as long as the graph
+        return trap
+
+    def tensor(self, array: np.ndarray, type: int) -> int:
+        """A tensor with this content, its axes the other way round as everywhere in ggml."""
+        axes = (1,) * (4 - array.ndim) + array.shape
+        tensor = self.ggml.ggml_new_tensor_4d(self.context, type, *axes[::-1])
+        self.place(tensor, self._encode(np.ascontiguousarray(array), type))
+        return tensor
+
+    def _encode(self, array: np.ndarray, type: int) -> bytes:
+        if type == F32:
+            return array.astype(np.float32).tobytes()
+        if type == F16:
+            return array.astype(np.float16).tobytes()
+        if type == BF16:
+            return (array.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+        values, to = array.astype(np.float32), ctypes.create_string_buffer(array.size * 4)
+        n_rows, width = values.size // values.shape[-1], values.shape[-1]
+        size = self.ggml.ggml_quantize_chunk(type, values.ctypes.data, to, 0, n_rows, width, None)
+        return to.raw[:size]
+
+    def by_head(self, tensor: int) -> int:
+        """The view that llama.cpp gives to attention: heads outside, tokens inside."""
+        return self.ggml.ggml_permute(self.context, tensor, 0, 2, 1, 3)
+
+    def compute(self, result: int, n_threads: int, *, reference: bool) -> None:
+        """Run the graph; the scratch memory has the planned size, to the byte."""
+        graph = self.ggml.ggml_new_graph(self.context)
+        self.ggml.ggml_build_forward_expand(graph, result)
+        plan = self.ggml.ggml_graph_plan(graph, n_threads, None)
+        work = ctypes.create_string_buffer(b"\xff" * plan.work_size + GUARD, plan.work_size + len(GUARD))
+        plan.work_data, plan.use_ref = ctypes.addressof(work), reference
+        assert self.ggml.ggml_graph_compute(graph, ctypes.byref(plan)) == 0
+        assert work.raw[plan.work_size :] == GUARD, "wrote behind the scratch memory that it asked for"
+
+
+def compute(call: Call, n_threads: int = 1, *, reference: bool = False) -> np.ndarray:
+    """Attention as ggml computes it in this process: (streams, queries, heads, dv) float32.
+
+    With `reference` as ggml's own reference implementation does.
+    """
+    n_streams, n_queries, n_heads, _ = call.q.shape
+    with ExitStack() as exits:
+        graph = _Graph(exits)
+        q = graph.by_head(graph.tensor(call.q, F32))
+        k = graph.by_head(graph.tensor(call.k, call.k_type))
+        v = graph.by_head(graph.tensor(call.v, call.v_type))
+        mask = None
+        if call.mask is not None:
+            mask = graph.tensor(call.mask if call.mask.ndim == 4 else call.mask[:, None], F16)
+        result = graph.ggml.ggml_flash_attn_ext(
+            graph.context, q, k, v, mask, call.scale, call.max_bias, call.softcap
+        )
+        if call.sinks is not None:
+            graph.ggml.ggml_flash_attn_ext_add_sinks(result, graph.tensor(call.sinks, F32))
+        memory = graph.place(result)
+        graph.compute(result, n_threads, reference=reference)
+        return memory.floats().reshape(n_streams, n_queries, n_heads, call.v.shape[-1])
+
+
+def _compute_and_count(call: Call, n_threads: int, reference: bool) -> tuple[np.ndarray, int]:
+    before = kernel_calls()
+    result = compute(call, n_threads, reference=reference)
+    return result, kernel_calls() - before
+
+
+def _start(with_kernel: bool) -> None:
+    _ggml().ggml_cpu_init()
+    if with_kernel:
+        problem = install_kernel()
+        if problem:
+            raise RuntimeError(problem)
+
+
+class AttentionProcess:
+    """A process that computes attention: the kernel is installed once a process, and for good."""
+
+    def __init__(self, *, with_kernel: bool) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(1, spawn, initializer=_start, initargs=(with_kernel,))
+        self.taken = 0  # by the kernel, of the calls of the last compute()
+
+    def compute(self, call: Call, n_threads: int = 1, *, reference: bool = False) -> np.ndarray:
+        """As the function; `taken` says afterwards how often the kernel was called."""
+        result, self.taken = self._pool.submit(_compute_and_count, call, n_threads, reference).result()
+        return result
+
+    def close(self) -> None:
+        """End the process."""
+        self._pool.shutdown()
