@@ -1,7 +1,7 @@
-"""Compiles engine/kernels/attention.cpp while lq is installed, against the headers of llama-cpp-python.
+"""Compiles engine/kernels while lq is installed, against the headers of llama-cpp-python.
 
 Both are compiled on the same machine, so for its CPU. LQ_KERNEL_FLAGS replaces that choice, for an image
-that is to run elsewhere (Dockerfile). Without a compiler lq works too, with llama.cpp's own attention, and
+that is to run elsewhere (Dockerfile). Without a compiler lq works too, with llama.cpp's own kernels, and
 says so.
 """
 
@@ -16,8 +16,10 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCE = Path("engine/kernels/attention.cpp")
-LIBRARY = Path("engine/kernels/libattention.so")
+FOLDER = Path("engine/kernels")
+LIBRARY = FOLDER / "libkernels.so"
+# Every symbol but those that ggml hands over is there, or it is no library.
+LINKING = [] if sys.platform == "darwin" else ["-Wl,-z,defs"]
 
 
 class KernelBuildHook(BuildHookInterface):
@@ -27,18 +29,16 @@ class KernelBuildHook(BuildHookInterface):
         """Compile, and mark the wheel as made for this machine."""
         if self.target_name != "wheel":
             return
-        problem = compile_kernel(Path(self.root))
+        problem = compile_kernels(Path(self.root))
         if problem:
-            self.app.display_warning(
-                f"the attention kernel is left out, llama.cpp's own will serve: {problem}"
-            )
+            self.app.display_warning(f"its kernels are left out, llama.cpp's own will serve: {problem}")
             return
         build_data["pure_python"] = False
         build_data["infer_tag"] = True
         build_data["artifacts"].append(str(LIBRARY))
 
 
-def compile_kernel(root: Path) -> str | None:
+def compile_kernels(root: Path) -> str | None:
     """What stands in the way, or None when the library is there now."""
     headers = Path(sysconfig.get_path("purelib")) / "include"
     try:
@@ -50,9 +50,9 @@ def compile_kernel(root: Path) -> str | None:
     flags = shlex.split(os.environ.get("LQ_KERNEL_FLAGS", "-march=native"))
     temporary = root / LIBRARY.with_suffix(".tmp")
     command = [
-        *shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-O3", *flags, "-shared", "-fPIC",
-        f'-DLLAMA_VERSION="{llama_version}"', "-isystem", str(headers), str(root / SOURCE),
-        "-o", str(temporary),
+        *shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-O3", *flags, "-shared", "-fPIC", *LINKING,
+        f'-DLLAMA_VERSION="{llama_version}"', "-isystem", str(headers),
+        *map(str, sorted((root / FOLDER).glob("*.cpp"))), "-o", str(temporary),
     ]  # fmt: skip
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
@@ -65,4 +65,4 @@ def compile_kernel(root: Path) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(compile_kernel(Path(__file__).parent))
+    sys.exit(compile_kernels(Path(__file__).parent))

@@ -25,7 +25,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 from llama_cpp import _ggml as ggml_library
 from llama_cpp import llama_cpp as native
 
-from engine import attention
+from engine import kernels
 from engine.request import EngineError, KVType, ModelLoadFailed, Pooling
 from engine.runs import LONGEST_RUN, without_long_runs
 from engine.tensor import Tensor, TensorView
@@ -59,12 +59,12 @@ class _Log:
         self._started = False
 
     def start(self) -> None:
-        """Take over llama.cpp's log, initialise its backends, give it our attention; once."""
+        """Take over llama.cpp's log, initialise its backends, give it our kernels; once."""
         with self._lock:
             if not self._started:
                 native.llama_log_set(self._callback, ctypes.c_void_p(0))
                 native.llama_backend_init()
-                attention.install()
+                kernels.install(native._lib)
                 self._started = True
 
     def _take(self, level: int, text: bytes, _data: object) -> None:
@@ -79,6 +79,12 @@ class _Log:
 
 
 _log = _Log()
+
+
+def without_kernels() -> str | None:
+    """Why llama.cpp computes all by itself; None when it has our kernels (engine/kernels)."""
+    _log.start()
+    return kernels.install(native._lib)
 
 
 def gpu_name() -> str | None:

@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 
-from engine import attention, pooled
+from engine import pooled
 from engine.drafter import Drafter
-from engine.llama import Adapter, Context, Model, gpu_name
+from engine.llama import Adapter, Context, Model, gpu_name, without_kernels
 from engine.loop import Loop
 from engine.memory import uses_mmap
 from engine.pace import Pace
@@ -122,7 +122,7 @@ def slow_attention(config: EngineConfig) -> str | None:
     if offload_device(config) is not None:
         return None
     others = sorted({config.kv_type_k, config.kv_type_v} - {"f16", "f32"})  # llama.cpp casts f32 for us
-    return f"cells are {' and '.join(others)}, not f16" if others else attention.install()
+    return f"cells are {' and '.join(others)}, not f16" if others else without_kernels()
 
 
 def warm_up(context: Context, pace: Pace) -> int:

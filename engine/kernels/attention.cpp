@@ -13,62 +13,18 @@
 //   cells in segments of SEGMENT: m = max(score), p_j = exp(score_j - m), l = sum(p), o = sum(p_j * v_j) in order
 //   segments joined in order:     M' = max(M, m), o = o * exp(M - M') + o_s * exp(m - M'), l likewise
 // Neither the number of rows of a block nor the number of threads changes the order of any sum.
-//
-// How it gets called. ggml's CPU backend asks "extra buffer types" for their own kernel of an operation before it
-// takes its own (traits.h there); this is how its repacked weights work too. attention_install() adds one such
-// type, which holds no buffers and only answers for this operation. engine/attention.py does the calling.
 
-#include <ggml.h>
+#include "plugin.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
 #endif
-
-// What ggml's CPU backend and this file say to each other; the layouts of its traits.h, ggml-cpu-impl.h and
-// ggml-backend-impl.h, which are not installed; engine/attention.py sees to it that the versions agree.
-
-struct ggml_threadpool;
-
-struct ggml_compute_params {
-    int ith, nth;
-    size_t wsize;
-    void * wdata;
-    ggml_threadpool * threadpool;
-    bool use_ref;
-};
-
-namespace ggml::cpu {
-struct tensor_traits {
-    virtual ~tensor_traits() {}
-    virtual bool work_size(int n_threads, const ggml_tensor * op, size_t & size) = 0;
-    virtual bool compute_forward(ggml_compute_params * params, ggml_tensor * op) = 0;
-};
-
-struct extra_buffer_type {
-    virtual ~extra_buffer_type() {}
-    virtual bool supports_op(void * device, const ggml_tensor * op) = 0;
-    virtual tensor_traits * get_tensor_traits(const ggml_tensor * op) = 0;
-};
-}  // namespace ggml::cpu
-
-struct buffer_type {
-    const char * (*get_name)(buffer_type *);
-    void * (*alloc_buffer)(buffer_type *, size_t);
-    size_t (*get_alignment)(buffer_type *);
-    size_t (*get_max_size)(buffer_type *);
-    size_t (*get_alloc_size)(buffer_type *, const ggml_tensor *);
-    bool (*is_host)(buffer_type *);
-    void * device;
-    void * context;
-};
 
 namespace {
 
@@ -524,11 +480,6 @@ void finish(const Shape & s, int64_t stream, int64_t head, int64_t query, float 
     for (int64_t d = 0; d < s.dv; d += LANES) store(to + d, load(out + d) * all(by));
 }
 
-// ggml's own, found by engine/attention.py: all threads of a call wait for each other; they share out work.
-void (*barrier)(ggml_threadpool *);
-void (*chunk_set)(ggml_threadpool *, int);
-int (*chunk_add)(ggml_threadpool *, int);
-
 std::atomic<int64_t> n_calls{0};
 
 Item item_of(const Shape & s, int64_t number) {
@@ -616,10 +567,10 @@ struct Attention : ggml::cpu::tensor_traits {
         const int64_t n_pieces = s.split ? s.n_items * s.n_segments : s.n_items;
         if (params->ith == 0) {
             n_calls.fetch_add(1, std::memory_order_relaxed);
-            chunk_set(params->threadpool, params->nth);
+            ggml_functions.chunk_set(params->threadpool, params->nth);
         }
-        barrier(params->threadpool);
-        for (int64_t piece = params->ith; piece < n_pieces; piece = chunk_add(params->threadpool, 1)) {
+        ggml_functions.barrier(params->threadpool);
+        for (int64_t piece = params->ith; piece < n_pieces; piece = ggml_functions.chunk_add(params->threadpool, 1)) {
             if (s.split) {
                 one_segment(s, item_of(s, piece / s.n_segments), int(piece % s.n_segments), at, partials);
             } else {
@@ -627,54 +578,18 @@ struct Attention : ggml::cpu::tensor_traits {
             }
         }
         if (s.split) {
-            barrier(params->threadpool);
+            ggml_functions.barrier(params->threadpool);
             for (int64_t i = params->ith; i < s.n_items; i += params->nth) join_segments(s, item_of(s, i), at, partials);
         }
         return true;
     }
 };
 
-struct Answers : ggml::cpu::extra_buffer_type {
-    Attention attention;
-
-    bool supports_op(void *, const ggml_tensor *) override { return false; }  // no tensor lies in a buffer of it
-
-    ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
-        return op->op == GGML_OP_FLASH_ATTN_EXT && supported(op) ? &attention : nullptr;
-    }
-};
-
-Answers answers;
-buffer_type type = {};
+Attention attention;
 
 }  // namespace
 
-extern "C" {
-
-// Before the first context computes: what ggml asks, and four of its functions. Once a process.
-void attention_install(std::vector<void *> & (*extra_buffer_types)(), void * barrier_, void * chunk_set_, void * chunk_add_) {
-    barrier = (void (*)(ggml_threadpool *)) barrier_;
-    chunk_set = (void (*)(ggml_threadpool *, int)) chunk_set_;
-    chunk_add = (int (*)(ggml_threadpool *, int)) chunk_add_;
-    type.get_name = [](buffer_type *) { return "attention"; };
-    type.context = &answers;
-    extra_buffer_types().push_back(&type);
-}
-
-// The llama-cpp-python whose headers and private layouts this was compiled with.
-const char * attention_version() { return LLAMA_VERSION; }
-
-// Whether this CPU has what the compiler was allowed to use.
-bool attention_fits_cpu() {
-#if defined(__AVX512F__)
-    if (!__builtin_cpu_supports("avx512f")) return false;
-#endif
-#if defined(__AVX2__)
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return false;
-#endif
-    return true;
-}
+ggml::cpu::tensor_traits * attention_for(const ggml_tensor * op) { return supported(op) ? &attention : nullptr; }
 
 // How often it was called: a way to see that it is in use.
-int64_t attention_calls() { return n_calls.load(std::memory_order_relaxed); }
-}
+extern "C" int64_t attention_calls() { return n_calls.load(std::memory_order_relaxed); }

@@ -1,0 +1,63 @@
+"""Kernels of our own in llama.cpp's CPU backend: attention, and weights in Q4_0 times several rows.
+
+Their sources say what they do and why (attention.cpp, matmul.cpp); what they gain is in docs/log.md. They are
+compiled when lq is installed (hatch_build.py). Whatever they do not take, llama.cpp's own kernels compute.
+"""
+
+import ctypes
+import functools
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+#: llama.cpp's private interface is that of this version: the library names the one it was compiled for.
+LLAMA_VERSION = version("llama-cpp-python")
+_EXTRA_BUFFER_TYPES = "_Z39ggml_backend_cpu_get_extra_buffer_typesv"
+_NEEDED = (
+    _EXTRA_BUFFER_TYPES,
+    "ggml_barrier",
+    "ggml_threadpool_chunk_set",
+    "ggml_threadpool_chunk_add",
+    "ggml_backend_buffer_name",
+)
+
+
+def library_path() -> Path:
+    """Where the compiled kernels lie, if they were compiled."""
+    return Path(__file__).parent / "libkernels.so"
+
+
+@functools.cache
+def install(llama: Any) -> str | None:
+    """Let llama.cpp use the kernels in this process, for good; None when it does, else the reason why not.
+
+    `llama`: libllama as ctypes has loaded it, which finds the symbols of what it was linked with, too.
+    Contexts that are open already use the kernels from their next call on.
+    """
+    path = library_path()
+    if not path.is_file():
+        return f"{path.name} is missing: install lq anew where a C++ compiler is"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    library.kernels_version.restype = ctypes.c_char_p
+    built_for = library.kernels_version().decode()
+    if built_for != LLAMA_VERSION:
+        return f"compiled for llama-cpp-python {built_for}, not {LLAMA_VERSION}: install lq anew"
+    if not library.kernels_fit_cpu():
+        return f"{path.name} was compiled for another kind of CPU: install lq anew on this one"
+    functions = [getattr(llama, name, None) for name in _NEEDED]
+    missing = [name for name, found in zip(_NEEDED, functions, strict=True) if found is None]
+    if missing:
+        return f"this build of llama.cpp does not show {', '.join(missing)}"
+    extra_buffer_types, *table = (ctypes.cast(each, ctypes.c_void_p) for each in functions if each)
+    library.kernels_install(extra_buffer_types, (ctypes.c_void_p * len(table))(*table))
+    return None
+
+
+def attention_calls() -> int:
+    """How often attention was computed here rather than by llama.cpp, in this process."""
+    library = ctypes.CDLL(str(library_path()))
+    library.attention_calls.restype = ctypes.c_int64
+    return library.attention_calls()

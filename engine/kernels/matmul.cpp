@@ -1,0 +1,195 @@
+// Weights in Q4_0 times several rows of activations, on CPUs with AVX2 and nothing better.
+//
+// Why it is here. llama.cpp's kernel for this layout treats weights as signed bytes, which AVX2 cannot multiply
+// with signed bytes: each product costs two more instructions for the sign, and each pair of products one for
+// widening. Here weights stay what Q4_0 stores, 0 to 15, which AVX2 multiplies with signed bytes as they are; the
+// 8 that is to be taken off each weight is taken off the sum, as 8 times the sum of the activations. And four
+// products of 15 * 127 fit 16 bits, so that a block of 32 is added up in 16 bits and widened once. With rows in
+// 16s the weights are unpacked once for all. The sums are exact integers, and what is done to them in floats is
+// what llama.cpp does, in its order: results are the same to the last bit, also as those of a single row, which
+// llama.cpp's kernel computes (it waits for memory, not for instructions).
+//
+// The layout of the weights is ggml's block_q4_0x8 (repack.h there): of 8 neighbouring columns, 8 scales in 16-bit
+// floats, then 128 bytes, 8 of each column by turns; low halves are the first 16 weights of a block, high halves
+// the others, with the top bit of each half turned over.
+
+#include "plugin.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(__AVX512F__) && !defined(__AVXVNNI__)
+#include <immintrin.h>
+
+namespace {
+
+constexpr int QK = 32;        // weights of a block
+constexpr int COLUMNS = 8;    // interleaved
+constexpr int BLOCK = 144;    // bytes of 8 columns' block
+constexpr int MAX_ROWS = 16;  // computed together
+constexpr int MIN_ROWS = 2;   // below, llama.cpp's kernel is as fast
+constexpr float OFFSET = 8;   // of a stored weight
+
+// Rows of activations in 8 bits, MAX_ROWS together, of which block after block: first the values of each row,
+// then a scale and the sum of each row. `n`: rows of this pass.
+struct Pass {
+    int8_t * at;
+    int n;
+
+    size_t block_bytes() const { return size_t(n) * (QK + 2 * sizeof(float)); }
+    int8_t * values(int64_t block, int row) const { return at + block * block_bytes() + row * QK; }
+    float * scales(int64_t block) const { return (float *) (at + block * block_bytes() + n * QK); }
+    int32_t * sums(int64_t block) const { return (int32_t *) (scales(block) + n); }
+};
+
+struct Shape {
+    const ggml_tensor *weights, *rows, *dst;
+    int64_t k, n_columns, n_rows, n_blocks;
+
+    explicit Shape(const ggml_tensor * op) : weights(op->src[0]), rows(op->src[1]), dst(op) {
+        k = weights->ne[0];
+        n_columns = weights->ne[1];
+        n_rows = rows->ne[1];
+        n_blocks = k / QK;
+    }
+
+    size_t row_bytes() const { return n_blocks * (QK + 2 * sizeof(float)); }
+    size_t work() const { return n_rows * row_bytes() + 64; }
+
+    Pass pass(int64_t first, void * work) const {
+        return {(int8_t *) work + first * row_bytes(), int(std::min<int64_t>(MAX_ROWS, n_rows - first))};
+    }
+};
+
+// As ggml quantizes to Q8_0: the largest becomes 127, the scale is kept in 16 bits.
+void quantize(const float * x, int64_t n_blocks, const Pass & pass, int row) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    for (int64_t b = 0; b < n_blocks; b++, x += QK) {
+        __m256 v[4];
+        __m256 top = _mm256_setzero_ps();
+        for (int i = 0; i < 4; i++) {
+            v[i] = _mm256_loadu_ps(x + i * 8);
+            top = _mm256_max_ps(top, _mm256_andnot_ps(sign, v[i]));
+        }
+        __m128 half = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps(top, 1));
+        half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+        const float most = _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+        const __m256 by = _mm256_set1_ps(most != 0 ? 127.0f / most : 0.0f);
+        __m256i q[4], total = _mm256_setzero_si256();
+        for (int i = 0; i < 4; i++) {
+            q[i] = _mm256_cvtps_epi32(_mm256_round_ps(_mm256_mul_ps(v[i], by), _MM_FROUND_TO_NEAREST_INT));
+            total = _mm256_add_epi32(total, q[i]);
+        }
+        const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        _mm256_storeu_si256((__m256i *) pass.values(b, row), _mm256_permutevar8x32_epi32(packed, order));
+        __m128i s = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+        s = _mm_hadd_epi32(s, s);
+        pass.sums(b)[row] = int32_t(OFFSET) * _mm_cvtsi128_si32(_mm_hadd_epi32(s, s));
+        pass.scales(b)[row] = _cvtsh_ss(_cvtss_sh(most / 127.0f, _MM_FROUND_TO_NEAREST_INT));
+    }
+}
+
+// Eight columns of the product, for R rows from `first` on.
+template <int R>
+inline void rows_of_block(const __m256i * w, __m256 scale, const Pass & pass, int64_t b, int first, __m256 * acc) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    const float * scales = pass.scales(b) + first;
+    const int32_t * sums = pass.sums(b) + first;
+    for (int r = 0; r < R; r++) {
+        const int64_t * x = (const int64_t *) pass.values(b, first + r);
+        __m256i low = _mm256_setzero_si256(), high = low;  // columns 0 to 3 and 4 to 7, in 16 bits
+        for (int i = 0; i < 4; i++) {
+            int64_t eight;
+            memcpy(&eight, x + i, sizeof eight);
+            const __m256i a = _mm256_set1_epi64x(eight);
+            low = _mm256_add_epi16(low, _mm256_maddubs_epi16(w[2 * i], a));
+            high = _mm256_add_epi16(high, _mm256_maddubs_epi16(w[2 * i + 1], a));
+        }
+        // columns 0, 1, 4, 5, 2, 3, 6, 7
+        __m256i sum = _mm256_hadd_epi32(_mm256_madd_epi16(low, ones), _mm256_madd_epi16(high, ones));
+        sum = _mm256_sub_epi32(sum, _mm256_set1_epi32(sums[r]));
+        const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(scales[r]));
+        acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), both, acc[r]);
+    }
+}
+
+void eight_columns(const uint8_t * weights, int64_t n_blocks, const Pass & pass, float * to, size_t stride) {
+    const __m256i order = _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7);
+    const __m256i low_half = _mm256_set1_epi8(0x0f), turned = _mm256_set1_epi8(int8_t(0x88));
+    __m256 acc[MAX_ROWS];
+    for (int r = 0; r < pass.n; r++) acc[r] = _mm256_setzero_ps();
+    for (int64_t b = 0; b < n_blocks; b++, weights += BLOCK) {
+        _mm_prefetch((const char *) weights + 8 * BLOCK, _MM_HINT_T0);
+        _mm_prefetch((const char *) weights + 8 * BLOCK + 64, _MM_HINT_T0);
+        __m256i w[8];  // w[2 * i]: weights 8 i to 8 i + 7 of columns 0 to 3, w[2 * i + 1] of columns 4 to 7
+        for (int i = 0; i < 4; i++) {
+            const __m256i raw = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *) (weights + 16 + i * 32)), turned);
+            w[i] = _mm256_and_si256(raw, low_half);
+            w[i + 4] = _mm256_and_si256(_mm256_srli_epi16(raw, 4), low_half);
+        }
+        const __m256 scale = _mm256_permutevar8x32_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) weights)), order);
+        int r = 0;
+        for (; r + 4 <= pass.n; r += 4) rows_of_block<4>(w, scale, pass, b, r, acc + r);
+        for (; r < pass.n; r++) rows_of_block<1>(w, scale, pass, b, r, acc + r);
+    }
+    for (int r = 0; r < pass.n; r++) {
+        _mm256_storeu_ps((float *) ((char *) to + r * stride), _mm256_permutevar8x32_ps(acc[r], order));
+    }
+}
+
+struct Matmul : ggml::cpu::tensor_traits {
+    bool work_size(int, const ggml_tensor * op, size_t & size) override {
+        size = Shape(op).work();
+        return true;
+    }
+
+    bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
+        const Shape s(op);
+        if (params->wsize < s.work()) abort();  // work_size() asked for it
+        void * work = (void *) (((uintptr_t) params->wdata + 63) / 64 * 64);
+        for (int64_t row = params->ith; row < s.n_rows; row += params->nth) {
+            const int64_t first = row / MAX_ROWS * MAX_ROWS;
+            quantize((const float *) ((const char *) s.rows->data + row * s.rows->nb[1]), s.n_blocks, s.pass(first, work),
+                     int(row - first));
+        }
+        const int64_t n_eights = s.n_columns / COLUMNS;
+        const int64_t piece = std::max<int64_t>(1, (n_eights + 8 * params->nth - 1) / (8 * params->nth));
+        if (params->ith == 0) ggml_functions.chunk_set(params->threadpool, params->nth);
+        ggml_functions.barrier(params->threadpool);
+        for (int64_t at = params->ith; at * piece < n_eights; at = ggml_functions.chunk_add(params->threadpool, 1)) {
+            const int64_t end = std::min(n_eights, (at + 1) * piece);
+            for (int64_t first = 0; first < s.n_rows; first += MAX_ROWS) {
+                const Pass pass = s.pass(first, work);
+                for (int64_t eight = at * piece; eight < end; eight++) {
+                    eight_columns((const uint8_t *) s.weights->data + eight * s.n_blocks * BLOCK, s.n_blocks, pass,
+                                  (float *) ((char *) s.dst->data + first * s.dst->nb[1]) + eight * COLUMNS, s.dst->nb[1]);
+                }
+            }
+        }
+        return true;
+    }
+};
+
+Matmul matmul;
+
+bool supported(const ggml_tensor * op) {
+    const ggml_tensor *weights = op->src[0], *rows = op->src[1];
+    return weights->type == GGML_TYPE_Q4_0 && rows->type == GGML_TYPE_F32 && rows->ne[1] >= MIN_ROWS && rows->ne[2] == 1
+        && rows->ne[3] == 1 && weights->ne[1] % COLUMNS == 0 && weights->ne[2] == 1 && weights->ne[3] == 1
+        && rows->nb[0] == sizeof(float) && op->nb[0] == sizeof(float) && weights->buffer
+        && strcmp(ggml_functions.buffer_name(weights->buffer), "CPU_REPACK") == 0;
+}
+
+}  // namespace
+
+ggml::cpu::tensor_traits * matmul_for(const ggml_tensor * op) { return supported(op) ? &matmul : nullptr; }
+
+#else
+
+ggml::cpu::tensor_traits * matmul_for(const ggml_tensor *) { return nullptr; }
+
+#endif
