@@ -13,9 +13,9 @@ from contextlib import ExitStack
 import numpy as np
 from llama_cpp import llama_cpp as native
 
-from engine.attention import calls as kernel_calls
-from engine.attention import install as install_kernel
-from engine.attention import library_path as kernel_library
+from engine.kernels import attention_calls as kernel_calls
+from engine.kernels import install as install_kernel
+from engine.kernels import library_path as kernel_library
 from tests.engine.attention_calls import BF16, F16, F32, Call
 
 __all__ = ["AttentionProcess", "compute", "kernel_library"]
@@ -187,7 +187,7 @@ def _compute_and_count(call: Call, n_threads: int, reference: bool) -> tuple[np.
 def _start(with_kernel: bool) -> None:
     _ggml().ggml_cpu_init()
     if with_kernel:
-        problem = install_kernel()
+        problem = install_kernel(native._lib)
         if problem:
             raise RuntimeError(problem)
 
