@@ -131,6 +131,17 @@ class Holdings:
         sequence.slot, sequence.age = target, self._turn
         self.begin(sequence, source, length, actions)
 
+    def move(self, sequence: Sequence, target: int, actions: list[Action]) -> None:
+        """Give a running sequence an idle slot instead of its own, with all that it has computed."""
+        source = sequence.slot
+        assert source is not None
+        self._rescue(target, actions)
+        self.slots[target].sequence, self.slots[source].sequence = sequence, None
+        self.slots[target].last_used = self.slots[source].last_used
+        sequence.slot = target
+        self.begin(sequence, source, sequence.n_computed, actions)
+        self.drop(source, actions)
+
     def save(self, index: int, actions: list[Action], *, pinned: bool = False) -> State | None:
         """Copy a slot's tokens to a state, if the stash can take it."""
         slot = self.slots[index]
@@ -187,11 +198,17 @@ class Holdings:
         return held < self.n_window or held <= length
 
     def _target(self, free: list[int], source: Source, length: int) -> int:
-        """The idle slot that holds most of it already, else the one whose tokens were used longest ago."""
+        """The idle slot that holds most of it already, else the one whose tokens were used longest ago.
+
+        In streams, of those beside or between running ones, where there are any (Scheduler._close_ranks).
+        """
         if isinstance(source, int) and source in free and 2 * length >= len(self.slots[source].tokens):
             return source  # no copy, and little or nothing is lost
-        empty = [index for index in free if not self.slots[index].tokens]
         others = [index for index in free if index != source] or free
+        busy = [index for index, slot in enumerate(self.slots) if slot.sequence is not None]
+        if self.cells is None and busy:
+            others = [index for index in others if busy[0] - 1 <= index <= busy[-1] + 1] or others
+        empty = [index for index in others if not self.slots[index].tokens]
         return empty[0] if empty else min(others, key=lambda index: self.slots[index].last_used)
 
     def _forgotten(self, gone: Iterable[Action]) -> list[Action]:

@@ -14,6 +14,8 @@ The policy, in the order of the code:
 - Each writing sequence gets its one token in every call, and guesses behind it when it has some; the rest of
   the call is filled with prompts, up to the size that the loop allows while others are writing.
 - Sequences with other LoRA adapters cannot be in one call: sets of adapters take turns.
+- In streams llama.cpp computes together what lies in neighbouring slots: new sequences go next to those that
+  run, and a sequence is moved into a gap that another one left.
 - In a unified memory cells can run out: idle slots are dropped first, then the youngest sequence makes way.
   One sequence alone always fits, so that somebody always goes on.
 """
@@ -28,6 +30,7 @@ from engine.stash import State
 
 MIN_SHARED = 32  # tokens worth waiting for until another sequence has computed them
 MIN_MOVED = 16  # tokens worth saving when a sequence makes way
+PATIENCE = 4  # calls that a gap between running sequences may last: often the next request fills it
 GROWTH = 16  # tokens that each running sequence may be expected to write before another one ends
 
 
@@ -67,6 +70,7 @@ class Scheduler:
             token_bytes=token_bytes,
         )
         self.n_preempted = 0
+        self._n_calls_with_gaps = 0
         self._turns: dict[Hashable, int] = {}  # of adapters: when they were decoded last
 
     # What there is
@@ -171,7 +175,28 @@ class Scheduler:
         while (sequence := self._next(actions)) is not None:
             if not self._place(sequence, actions):
                 break
+        if self.held.cells is None:
+            self._close_ranks(actions)
         return actions
+
+    def _gaps(self) -> list[int]:
+        """Idle slots between running ones."""
+        busy = [index for index, slot in enumerate(self.slots) if slot.sequence is not None]
+        return [index for index in range(busy[0], busy[-1]) if index not in busy] if busy else []
+
+    def _close_ranks(self, actions: list[Action]) -> None:
+        """Move sequences of the ends into gaps between others, the one with fewest cells first.
+
+        Streams that are no neighbours are calls of their own within llama.cpp, each of which reads all
+        weights: moving a sequence takes about as long as one such call more.
+        """
+        gaps = self._gaps()
+        self._n_calls_with_gaps = self._n_calls_with_gaps + 1 if gaps else 0
+        while gaps and self._n_calls_with_gaps > PATIENCE:
+            running = self.running
+            mover = min(running[0], running[-1], key=lambda each: each.n_computed)
+            self.held.move(mover, gaps[0], actions)
+            gaps = self._gaps()
 
     def _next(self, actions: list[Action]) -> Sequence | None:
         """The request that deserves a slot most, if there is one for it."""

@@ -32,7 +32,7 @@ def install(llama: Any) -> str | None:
     """Let llama.cpp use the kernels in this process, for good; None when it does, else the reason why not.
 
     `llama`: libllama as ctypes has loaded it, which finds the symbols of what it was linked with, too.
-    Contexts that are open already use the kernels from their next call on.
+    No context may compute meanwhile; those that are open use the kernels from their next call on.
     """
     path = library_path()
     if not path.is_file():
@@ -45,6 +45,7 @@ def install(llama: Any) -> str | None:
     built_for = library.kernels_version().decode()
     if built_for != LLAMA_VERSION:
         return f"compiled for llama-cpp-python {built_for}, not {LLAMA_VERSION}: install lq anew"
+    library.kernels_fit_cpu.restype = ctypes.c_bool
     if not library.kernels_fit_cpu():
         return f"{path.name} was compiled for another kind of CPU: install lq anew on this one"
     functions = [getattr(llama, name, None) for name in _NEEDED]

@@ -20,6 +20,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -285,9 +286,14 @@ void turn(const char * from, size_t stride, int n, int64_t dk, float * to) {
     for (int64_t d = 0; n < TILE && d < dk; d++) memset(to + d * TILE + n, 0, (TILE - n) * sizeof(float));
 }
 
-void convert(const char * from, size_t stride, int n, int64_t width, float * to) {
+// `finite`: infinities and NaN become the largest number, so that a weight of 0 makes nothing of them.
+void convert(const char * from, size_t stride, int n, int64_t width, float * to, bool finite) {
+    const f32x8 most = all(65504.0f);
     for (int j = 0; j < n; j++, from += stride, to += width) {
-        for (int64_t d = 0; d < width; d += LANES) store(to + d, load((const ggml_fp16_t *) from + d));
+        for (int64_t d = 0; d < width; d += LANES) {
+            const f32x8 x = load((const ggml_fp16_t *) from + d);
+            store(to + d, finite ? (max(x, -x) <= most ? x : most) : x);
+        }
     }
 }
 
@@ -372,16 +378,19 @@ struct Block {
             if (!masked[i]) continue;
             const ggml_fp16_t * mask = mask_of(s, item, rows[i] / s.group) + cell;
             const float slope = slope_of(s, head(rows[i]));
-            for (int j = 0; j < n; j += LANES) store(to + j, fma(load(mask + j), all(slope), load(to + j)));
+            for (int j = 0; j < n; j += LANES) {
+                const f32x8 m = load(mask + j);  // what is masked is so whatever lies there, NaN too
+                store(to + j, m == all(-INFINITY) ? m : fma(m, all(slope), load(to + j)));
+            }
         }
     }
 
-    void weigh_values(int64_t cell, int n, const int * rows, int count, int column) {
+    void weigh_values(int64_t cell, int n, const int * rows, int count, int column, bool masked) {
         const char * from = values + cell * s.v->nb[1];
         size_t stride = s.v->nb[1];
-        const bool converted = count > FEW_ROWS;
+        const bool converted = count > FEW_ROWS || masked;
         if (converted) {
-            convert(from, stride, n, s.dv, at.v_tile);
+            convert(from, stride, n, s.dv, at.v_tile, masked);
             from = (const char *) at.v_tile;
             stride = s.dv * sizeof(float);
         }
@@ -407,13 +416,14 @@ struct Block {
         constexpr int N_TILES = SEGMENT / TILE;
         const int64_t first = int64_t(number) * SEGMENT;
         int rows[N_TILES][MAX_ROWS], count[N_TILES], length[N_TILES];
-        bool masked[MAX_ROWS], seen[MAX_ROWS] = {};
+        bool masked[MAX_ROWS], seen[MAX_ROWS] = {}, partly[N_TILES] = {};
         int n_tiles = 0;
         for (; n_tiles < N_TILES && first + n_tiles * TILE < s.n_cells; n_tiles++) {
             const int64_t cell = first + n_tiles * TILE;
             const int n = length[n_tiles] = int(std::min<int64_t>(TILE, s.n_cells - cell));
             const int c = count[n_tiles] = seeing(cell, n, rows[n_tiles], masked);
             if (c) score(cell, n, rows[n_tiles], masked, c, n_tiles * TILE);
+            for (int i = 0; i < c; i++) partly[n_tiles] |= masked[i];
             int i = 0;
             for (int row = 0; row < item.n_rows; row++) {  // whoever sees nothing of the tile has no scores there
                 if (i < c && rows[n_tiles][i] == row) {
@@ -430,7 +440,8 @@ struct Block {
         }
         memset(at.segment_out, 0, item.n_rows * s.dv * sizeof(float));
         for (int tile = 0; tile < n_tiles; tile++) {
-            if (count[tile]) weigh_values(first + tile * TILE, length[tile], rows[tile], count[tile], tile * TILE);
+            if (!count[tile]) continue;
+            weigh_values(first + tile * TILE, length[tile], rows[tile], count[tile], tile * TILE, partly[tile]);
         }
     }
 
@@ -452,8 +463,8 @@ struct Block {
     }
 };
 
-// Adds one segment of a row to those before it.
-void join(float m, float l, const float * from, int64_t dv, float & max, float & total, float * out) {
+// Adds one segment of a row to those before it. Compiled once: wherever it is called, sums are contracted alike.
+__attribute__((noinline)) void join(float m, float l, const float * from, int64_t dv, float & max, float & total, float * out) {
     if (m == -INFINITY) return;
     if (max == -INFINITY) {
         max = m, total = l;
@@ -467,7 +478,7 @@ void join(float m, float l, const float * from, int64_t dv, float & max, float &
     max = highest;
 }
 
-void finish(const Shape & s, int64_t stream, int64_t head, int64_t query, float max, float total, float * out) {
+__attribute__((noinline)) void finish(const Shape & s, int64_t stream, int64_t head, int64_t query, float max, float total, float * out) {
     float factor = 1;
     if (s.sinks) {  // one more score, without a value
         const float sink = ((const float *) s.sinks->data)[head];
@@ -560,7 +571,7 @@ struct Attention : ggml::cpu::tensor_traits {
     bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
         if (params->use_ref) return false;
         const Shape s(op, params->nth);
-        if (params->wsize < s.work(params->nth) * sizeof(float)) return false;
+        if (params->wsize < s.work(params->nth) * sizeof(float)) abort();  // work_size() asked for it
         float * work = (float *) params->wdata;
         Scratch at(s, work + params->ith * s.scratch());
         float * partials = work + params->nth * s.scratch();

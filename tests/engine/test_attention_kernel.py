@@ -314,7 +314,7 @@ def test_stale_cells_change_no_bit(kernel: AttentionProcess, mask: str, queries:
     unseen = ~call.seen.any(axis=(0, 1))
     assert unseen.any()
     results = []
-    for stale in (0, 65504, -65504):
+    for stale in (0, 65504, -65504, np.inf, -np.inf, np.nan):
         k, v = call.k.copy(), call.v.copy()
         k[:, unseen], v[:, unseen] = stale, stale
         results.append(kernel.compute(replace(call, k=k, v=v), threads))

@@ -214,12 +214,13 @@ def test_a_sequence_that_cannot_be_decoded_fails_alone(make_loop, drain, monkeyp
     decode = loop.context.decode
     requests = [ask(f"Write about {subject}:") for subject in SUBJECTS[:3]]
 
-    def fails_slot_1():
-        if any(int(s[0]) == 1 for s in loop.context.batch._sequences[: len(loop.context.batch)]):
+    def fails_with_the_second():
+        bad = [s.slot for s in loop.scheduler.running if s.id == 1]
+        if any(int(s[0]) in bad for s in loop.context.batch._sequences[: len(loop.context.batch)]):
             raise DecodeFailed(-3)
         decode()
 
-    monkeypatch.setattr(loop.context, "decode", fails_slot_1)
+    monkeypatch.setattr(loop.context, "decode", fails_with_the_second)
     answers = drain(loop, *requests)
     assert isinstance(answers[1].error, DecodeFailed)
     assert answers[0].done

@@ -4,7 +4,7 @@ import pytest
 
 from engine.holdings import MIN_SAVED, Costs
 from engine.request import Tenant
-from engine.scheduler import MIN_MOVED, MIN_SHARED
+from engine.scheduler import MIN_MOVED, MIN_SHARED, PATIENCE
 from engine.sequence import Sequence
 from engine.stash import State
 from tests.engine.fakes import VOCABULARY, FakeModel, fake, prompt, run
@@ -396,3 +396,36 @@ def test_guesses_never_write_more_than_was_asked_for():
     (ended,) = model.step(drafts={sequence: [3, 4, 5, 6, 0]})
     assert ended.written == [2, 3, 4]
     assert model.calls[-1][0].n_draft == 1
+
+
+def test_running_sequences_close_ranks_when_one_between_them_ends():
+    model = fake(n_slots=6, n_batch=64)
+    lengths = [40, 3, 40, 3, 40]
+    sequences = [Sequence(i, prompt(5, start=i), max_tokens=n) for i, n in enumerate(lengths)]
+    for sequence in sequences:
+        model.scheduler.add(sequence)
+    for _ in range(3):
+        model.step()
+    assert [each.slot for each in model.scheduler.running] == [0, 2, 4], "nobody moves at once"
+    for _ in range(PATIENCE + 1):
+        model.step()
+    assert sorted(each.slot for each in model.scheduler.running) in ([1, 2, 3], [2, 3, 4])
+    late = Sequence("late", prompt(5, start=9), max_tokens=2)
+    model.scheduler.add(late)
+    model.step()
+    slots = [each.slot for each in model.scheduler.running]
+    assert slots == list(range(slots[0], slots[0] + 4)), "a new one goes next to them"
+    while not model.scheduler.idle:
+        model.step()
+    for sequence, length in zip(sequences, lengths, strict=True):
+        first = sequence.prompt[-1]
+        assert sequence.written == [(first + 1 + i) % VOCABULARY for i in range(length)]
+
+
+def test_in_a_unified_memory_nobody_moves():
+    model = fake(n_slots=3, n_batch=64, n_cells=300)
+    for i, n in enumerate([40, 3, 40]):
+        model.scheduler.add(Sequence(i, prompt(5, start=i), max_tokens=n))
+    for _ in range(3 + PATIENCE + 3):
+        model.step()
+    assert [each.slot for each in model.scheduler.running] == [0, 2]
