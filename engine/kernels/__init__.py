@@ -8,7 +8,7 @@ import ctypes
 import functools
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 #: llama.cpp's private interface is that of this version: the library names the one it was compiled for.
 LLAMA_VERSION = version("llama-cpp-python")
@@ -57,8 +57,8 @@ def install(llama: Any) -> str | None:
     return None
 
 
-def attention_calls() -> int:
-    """How often attention was computed here rather than by llama.cpp, in this process."""
-    library = ctypes.CDLL(str(library_path()))
-    library.attention_calls.restype = ctypes.c_int64
-    return library.attention_calls()
+def calls(kernel: Literal["attention", "matmul"]) -> int:
+    """How often a kernel has computed in this process; -1: it is not for this kind of CPU."""
+    count = getattr(ctypes.CDLL(str(library_path())), f"{kernel}_calls")
+    count.restype = ctypes.c_int64
+    return count()

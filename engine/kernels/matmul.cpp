@@ -16,6 +16,7 @@
 #include "plugin.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -141,6 +142,8 @@ void eight_columns(const uint8_t * weights, int64_t n_blocks, const Pass & pass,
     }
 }
 
+std::atomic<int64_t> n_calls{0};
+
 struct Matmul : ggml::cpu::tensor_traits {
     bool work_size(int, const ggml_tensor * op, size_t & size) override {
         size = Shape(op).work();
@@ -158,7 +161,10 @@ struct Matmul : ggml::cpu::tensor_traits {
         }
         const int64_t n_eights = s.n_columns / COLUMNS;
         const int64_t piece = std::max<int64_t>(1, (n_eights + 8 * params->nth - 1) / (8 * params->nth));
-        if (params->ith == 0) ggml_functions.chunk_set(params->threadpool, params->nth);
+        if (params->ith == 0) {
+            n_calls.fetch_add(1, std::memory_order_relaxed);
+            ggml_functions.chunk_set(params->threadpool, params->nth);
+        }
         ggml_functions.barrier(params->threadpool);
         for (int64_t at = params->ith; at * piece < n_eights; at = ggml_functions.chunk_add(params->threadpool, 1)) {
             const int64_t end = std::min(n_eights, (at + 1) * piece);
@@ -188,8 +194,13 @@ bool supported(const ggml_tensor * op) {
 
 ggml::cpu::tensor_traits * matmul_for(const ggml_tensor * op) { return supported(op) ? &matmul : nullptr; }
 
+// How often it was called: a way to see that it is in use.
+extern "C" int64_t matmul_calls() { return n_calls.load(std::memory_order_relaxed); }
+
 #else
 
 ggml::cpu::tensor_traits * matmul_for(const ggml_tensor *) { return nullptr; }
+
+extern "C" int64_t matmul_calls() { return -1; }  // not for this kind of CPU
 
 #endif

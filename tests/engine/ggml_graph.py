@@ -13,7 +13,7 @@ from contextlib import ExitStack
 import numpy as np
 from llama_cpp import llama_cpp as native
 
-from engine.kernels import attention_calls as kernel_calls
+from engine.kernels import calls as kernel_calls
 from engine.kernels import install as install_kernel
 from engine.kernels import library_path as kernel_library
 from tests.engine.attention_calls import BF16, F16, F32, Call
@@ -179,9 +179,9 @@ def compute(call: Call, n_threads: int = 1, *, reference: bool = False) -> np.nd
 
 
 def _compute_and_count(call: Call, n_threads: int, reference: bool) -> tuple[np.ndarray, int]:
-    before = kernel_calls()
+    before = kernel_calls("attention")
     result = compute(call, n_threads, reference=reference)
-    return result, kernel_calls() - before
+    return result, kernel_calls("attention") - before
 
 
 def _start(with_kernel: bool) -> None:

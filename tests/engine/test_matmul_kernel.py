@@ -1,0 +1,74 @@
+"""Our kernel for weights in Q4_0 gives what llama.cpp's gives, to the last bit, for any number of rows.
+
+Attention is llama.cpp's plain one on both sides, so that nothing else differs.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from llama_cpp import llama_cpp as native
+
+from engine.kernels import library_path
+
+Q4_0 = 2  # LLAMA_FTYPE_MOSTLY_Q4_0
+LENGTHS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 40, 130)  # tokens of a call: rows below, at and above a pass
+
+COMPUTE = """
+import sys
+from pathlib import Path
+import numpy as np
+from engine import kernels
+if sys.argv[3] == "llama.cpp":
+    kernels.install = lambda _: None
+from engine import llama
+plain = llama.native.llama_init_from_model
+def without_flash_attention(model, parameters):
+    parameters.flash_attn_type = 0
+    return plain(model, parameters)
+llama.native.llama_init_from_model = without_flash_attention
+results = []
+with (
+    llama.Model.open(Path(sys.argv[1]), use_mmap=False) as model,
+    llama.Context.open(model, n_ctx=256, n_threads=int(sys.argv[4])) as context,
+):
+    assert sys.argv[3] == "llama.cpp" or llama.without_kernels() is None, llama.without_kernels()
+    for length in map(int, sys.argv[5:]):
+        context.clear()
+        context.batch.clear()
+        context.batch.extend(range(1000, 1000 + length), start=0, sequence=0, output=True)
+        context.decode()
+        results.append(context.logits(length - 1).copy())
+assert sys.argv[3] == "llama.cpp" or kernels.calls("matmul") != 0, "it was not used"
+np.save(sys.argv[2], results)
+"""
+
+
+@pytest.fixture(scope="module")
+def q4_0_file(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("q4_0") / "smollm2-Q4_0.gguf"
+    parameters = native.llama_model_quantize_default_params()
+    parameters.ftype, parameters.allow_requantize, parameters.nthread = Q4_0, True, 2
+    assert native.llama_model_quantize(str(smollm2_gguf).encode(), str(path).encode(), parameters) == 0
+    return path
+
+
+def logits(path: Path, folder: Path, *, kernels: str, n_threads: int) -> np.ndarray:
+    """Of the last token of each call, by a process of its own: installing is for good."""
+    result = folder / f"{kernels}-{n_threads}.npy"
+    arguments = [str(path), str(result), kernels, str(n_threads), *map(str, LENGTHS)]
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", COMPUTE, *arguments], cwd=root, check=True, timeout=300)
+    return np.load(result)
+
+
+@pytest.mark.skipif(not library_path().is_file(), reason="lq was installed without a C++ compiler: no kernel")
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+def test_every_number_of_rows_gives_the_bits_that_llama_cpp_gives(q4_0_file, tmp_path, n_threads):
+    ours = logits(q4_0_file, tmp_path, kernels="lq", n_threads=n_threads)
+    theirs = logits(q4_0_file, tmp_path, kernels="llama.cpp", n_threads=2)
+    assert np.isfinite(ours).all()
+    for length, a, b in zip(LENGTHS, ours, theirs, strict=True):
+        assert np.array_equal(a, b), f"{length} rows: {np.abs(a - b).max()}"
