@@ -1,4 +1,4 @@
-"""Our kernel for weights in Q4_0 gives what llama.cpp's gives, to the last bit, for any number of rows.
+"""Our kernel for Q4_0 and Q4_1 gives what llama.cpp's gives, to the last bit, for any number of rows.
 
 Attention is llama.cpp's plain one on both sides, so that nothing else differs.
 """
@@ -13,7 +13,7 @@ from llama_cpp import llama_cpp as native
 
 from engine.kernels import library_path
 
-Q4_0 = 2  # LLAMA_FTYPE_MOSTLY_Q4_0
+FILE_TYPES = {"Q4_0": 2, "Q4_1": 3}  # llama_ftype
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 40, 130)  # tokens of a call: rows below, at and above a pass
 
 COMPUTE = """
@@ -46,11 +46,12 @@ np.save(sys.argv[2], results)
 """
 
 
-@pytest.fixture(scope="module")
-def q4_0_file(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("q4_0") / "smollm2-Q4_0.gguf"
+@pytest.fixture(scope="module", params=FILE_TYPES)
+def quantized(request, smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("quantized") / f"smollm2-{request.param}.gguf"
     parameters = native.llama_model_quantize_default_params()
-    parameters.ftype, parameters.allow_requantize, parameters.nthread = Q4_0, True, 2
+    parameters.ftype, parameters.allow_requantize = FILE_TYPES[request.param], True
+    parameters.nthread = 2
     assert native.llama_model_quantize(str(smollm2_gguf).encode(), str(path).encode(), parameters) == 0
     return path
 
@@ -66,9 +67,9 @@ def logits(path: Path, folder: Path, *, kernels: str, n_threads: int) -> np.ndar
 
 @pytest.mark.skipif(not library_path().is_file(), reason="lq was installed without a C++ compiler: no kernel")
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
-def test_every_number_of_rows_gives_the_bits_that_llama_cpp_gives(q4_0_file, tmp_path, n_threads):
-    ours = logits(q4_0_file, tmp_path, kernels="lq", n_threads=n_threads)
-    theirs = logits(q4_0_file, tmp_path, kernels="llama.cpp", n_threads=2)
+def test_every_number_of_rows_gives_the_bits_that_llama_cpp_gives(quantized, tmp_path, n_threads):
+    ours = logits(quantized, tmp_path, kernels="lq", n_threads=n_threads)
+    theirs = logits(quantized, tmp_path, kernels="llama.cpp", n_threads=2)
     assert np.isfinite(ours).all()
     for length, a, b in zip(LENGTHS, ours, theirs, strict=True):
         assert np.array_equal(a, b), f"{length} rows: {np.abs(a - b).max()}"
