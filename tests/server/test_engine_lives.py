@@ -312,7 +312,7 @@ def test_the_engine_route_tells_what_was_chosen_and_what_goes_on(lives):
     assert found == {
         "id": "a", "object": "engine", "models": ["a", "terse"], "state": "ready", "problem": None,
         "n_ctx": 8192, "n_ctx_train": 8192, "n_parallel": 2, "kv_cells": 16384, "n_threads": 1, "gpu": None,
-        "leases": 0, "waiting": 0, "keep_alive_s": 3600.0, "preload": True,
+        "slow_attention": None, "leases": 0, "waiting": 0, "keep_alive_s": 3600.0, "preload": True,
     }  # fmt: skip
     assert config["model_path"].endswith(".gguf")
     assert "/" not in json.dumps(config)
