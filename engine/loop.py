@@ -132,7 +132,8 @@ class Loop:
         self._admitted(actions, started)
         running = self.scheduler.running
         writing = [each for each in running if each.is_writing]
-        drafts = self._guess(writing) if self.guesses and writing else None
+        # Beside prompts a call is long as it is, and what guesses cost could not be told apart.
+        drafts = self._guess(writing) if self.guesses and writing and len(writing) == len(running) else None
         plan = self.scheduler.plan(n_prompt=self.pace.n_prompt(len(writing)), drafts=drafts)
         self._act(plan.actions)
         if not plan.chunks:

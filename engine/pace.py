@@ -12,7 +12,7 @@ from typing import TypeVar
 K = TypeVar("K", bound=Hashable)
 
 MIN_PROMPT = 8  # tokens of prompts in every call, whatever the stall: a prompt must come to its end
-CAUTION = 0.92  # of the stall is planned for, since times vary
+CAUTION = 0.85  # of the stall is planned for: times vary, and what was written still has its way to go
 SMOOTHING = 0.3  # weight of the newest time
 WORTH = 1.03  # guesses must promise this much more to be tried
 MAX_GUESSES = 8  # a sequence
