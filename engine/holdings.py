@@ -53,6 +53,11 @@ class Holdings:
         self.stash = Stash(ram_bytes=ram_bytes, disk_bytes=disk_bytes, n_alone=self.tree.n_alone)
         self._turn = 0
 
+    @property
+    def busy(self) -> list[int]:
+        """Slots of running sequences, in order."""
+        return [index for index, slot in enumerate(self.slots) if slot.sequence is not None]
+
     def adopt(self, states: Iterable[State]) -> list[Action]:
         """Know states that an earlier process left on disk."""
         actions: list[Action] = []
@@ -205,7 +210,7 @@ class Holdings:
         if isinstance(source, int) and source in free and 2 * length >= len(self.slots[source].tokens):
             return source  # no copy, and little or nothing is lost
         others = [index for index in free if index != source] or free
-        busy = [index for index, slot in enumerate(self.slots) if slot.sequence is not None]
+        busy = self.busy
         if self.cells is None and busy:
             others = [index for index in others if busy[0] - 1 <= index <= busy[-1] + 1] or others
         empty = [index for index in others if not self.slots[index].tokens]

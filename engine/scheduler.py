@@ -181,7 +181,7 @@ class Scheduler:
 
     def _gaps(self) -> list[int]:
         """Idle slots between running ones."""
-        busy = [index for index, slot in enumerate(self.slots) if slot.sequence is not None]
+        busy = self.held.busy
         return [index for index in range(busy[0], busy[-1]) if index not in busy] if busy else []
 
     def _close_ranks(self, actions: list[Action]) -> None:

@@ -37,7 +37,7 @@ constexpr int COLUMNS = 8;    // interleaved
 constexpr int BLOCK = 144;    // bytes of 8 columns' block
 constexpr int MAX_ROWS = 16;  // computed together
 constexpr int MIN_ROWS = 2;   // below, llama.cpp's kernel is as fast
-constexpr float OFFSET = 8;   // of a stored weight
+constexpr int32_t OFFSET = 8; // of a stored weight
 
 // Rows of activations in 8 bits, MAX_ROWS together, of which block after block: first the values of each row,
 // then a scale and the sum of each row: 8 times the integers for Q4_0, scaled in 16 bits for Q4_1.
@@ -102,7 +102,7 @@ void quantize(const float * x, int64_t n_blocks, const Pass & pass, int row, boo
         if (scaled) {
             pass.scaled_sums(b)[row] = in_16_bits(scale * sum);
         } else {
-            pass.sums(b)[row] = int32_t(OFFSET) * sum;
+            pass.sums(b)[row] = OFFSET * sum;
         }
         pass.scales(b)[row] = in_16_bits(scale);
     }
