@@ -356,6 +356,7 @@ class Context(Handle):
         self.n_ctx_seq: int = native.llama_n_ctx_seq(pointer)  # cells that one sequence can use
         self.unified = unified
         self.n_threads: int = native.llama_n_threads(pointer)
+        self._has_kernels = without_kernels() is None
         self._views: dict[int, np.ndarray] = {}  # of logits, by address
         self.batch = Batch(n_batch)
         self._stack.callback(self.batch.close)
@@ -409,6 +410,8 @@ class Context(Handle):
 
     def decode(self) -> None:
         """Run what lies in `batch`. Raises DecodeFailed; cells of the batch's positions may be left then."""
+        if self._has_kernels:
+            kernels.wide(self.unified)  # there cells lie wherever there was room
         status = native.llama_decode(self.pointer, self.batch.native)
         if self._watcher is not None:
             self._watcher.raise_error()

@@ -46,6 +46,17 @@ def part(call: Call, streams: slice, queries: slice) -> Call:
     )
 
 
+def scattered(call: Call, n_cells: int, seed: int = 0) -> Call:
+    """The same call in a memory of so many cells, each anywhere; nobody's cells hold large numbers."""
+    draw = np.random.default_rng(seed)
+    assert call.mask is not None
+    place = draw.permutation(n_cells)[: call.k.shape[1]]
+    k, v = (np.full((len(each), n_cells, *each.shape[2:]), 60000, np.float16) for each in (call.k, call.v))
+    mask = np.full((*call.mask.shape[:-1], n_cells), BLOCKED)
+    k[:, place], v[:, place], mask[..., place] = call.k, call.v, call.mask
+    return replace(call, k=k, v=v, mask=mask)
+
+
 @dataclass(frozen=True)
 class Shape:
     """What a random call looks like."""

@@ -16,6 +16,7 @@ from llama_cpp import llama_cpp as native
 from engine.kernels import calls as kernel_calls
 from engine.kernels import install as install_kernel
 from engine.kernels import library_path as kernel_library
+from engine.kernels import wide as sum_wide
 from tests.engine.attention_calls import BF16, F16, F32, Call
 
 __all__ = ["AttentionProcess", "compute", "kernel_library"]
@@ -184,20 +185,21 @@ def _compute_and_count(call: Call, n_threads: int, reference: bool) -> tuple[np.
     return result, kernel_calls("attention") - before
 
 
-def _start(with_kernel: bool) -> None:
+def _start(with_kernel: bool, wide: bool) -> None:
     _ggml().ggml_cpu_init()
     if with_kernel:
         problem = install_kernel(native._lib)
         if problem:
             raise RuntimeError(problem)
+        sum_wide(wide)
 
 
 class AttentionProcess:
     """A process that computes attention: the kernel is installed once a process, and for good."""
 
-    def __init__(self, *, with_kernel: bool) -> None:
+    def __init__(self, *, with_kernel: bool, wide: bool = False) -> None:
         spawn = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(1, spawn, initializer=_start, initargs=(with_kernel,))
+        self._pool = ProcessPoolExecutor(1, spawn, initializer=_start, initargs=(with_kernel, wide))
         self.taken = 0  # by the kernel, of the calls of the last compute()
 
     def compute(self, call: Call, n_threads: int = 1, *, reference: bool = False) -> np.ndarray:

@@ -18,6 +18,7 @@ from tests.engine.attention_calls import (
     expected,
     mixtures,
     part,
+    scattered,
     visible,
 )
 from tests.engine.ggml_graph import AttentionProcess, kernel_library
@@ -28,10 +29,18 @@ pytestmark = pytest.mark.skipif(
 TOLERANCE = 1e-5  # of values of order 1; llama.cpp's own sums in 16 bits are off by 2e-3
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["32 bits", "64 bits"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[AttentionProcess]:
+    """A process that computes with the kernel, and sums in so many bits."""
+    process = AttentionProcess(with_kernel=True, wide=request.param)
+    yield process
+    process.close()
+
+
 @pytest.fixture(scope="module")
-def kernel() -> Iterator[AttentionProcess]:
-    """A process that computes with the kernel."""
-    process = AttentionProcess(with_kernel=True)
+def wide() -> Iterator[AttentionProcess]:
+    """A process that computes with the kernel, and sums in 64 bits."""
+    process = AttentionProcess(with_kernel=True, wide=True)
     yield process
     process.close()
 
@@ -196,6 +205,41 @@ def test_sinks_and_alibi_alone_as_together(kernel: AttentionProcess, threads: in
         same_bits(kernel.compute(alone, threads), together[:, query : query + 1])
 
 
+def all_but_the_same(a: np.ndarray, b: np.ndarray) -> None:
+    """The same bits, but for a number in some ten thousand, whose last bit may differ."""
+    assert np.isfinite(a).all()
+    apart = np.abs(a.view(np.int32).astype(np.int64) - b.view(np.int32))
+    assert apart.max() <= 1
+    assert np.count_nonzero(apart) <= a.size / 10_000
+
+
+PLACES = {
+    "plain": {},
+    "softcap": {"softcap": 20.0},
+    "sinks": {"sinks": np.linspace(-2, 2, 6, dtype=np.float32)},
+    "steep": {"scale": 2.0},
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("queries", [1, 2, 17, 50])
+@pytest.mark.parametrize("name", PLACES)
+def test_where_cells_lie_changes_nothing(wide: AttentionProcess, name: str, queries: int, threads: int):
+    """A memory that sequences share takes cells where there is room, and segments cut them otherwise."""
+    call = Shape(queries=queries, cells=600).call(**PLACES[name])
+    in_order = wide.compute(call, 1)
+    assert wide.taken == 1
+    for n_cells in (600, 2048):
+        all_but_the_same(wide.compute(scattered(call, n_cells), threads), in_order)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_where_cells_lie_changes_nothing_of_distances(wide: AttentionProcess, threads: int):
+    call = Shape(queries=17, cells=600).call(max_bias=8.0)
+    call = replace(call, mask=np.where(call.seen, -np.arange(600)[::-1], BLOCKED).astype(np.float16))
+    all_but_the_same(wide.compute(scattered(call, 2048), threads), wide.compute(call, 1))
+
+
 # What it leaves to llama.cpp
 
 LEFT = {
@@ -290,7 +334,9 @@ def test_a_needle_is_found_wherever_it_lies(kernel: AttentionProcess, n_kv_heads
     np.testing.assert_allclose(kernel.compute(call, threads), call.v.astype(np.float32), rtol=1e-6)
     for query in (7, 255, 256, 519):
         alone = part(call, slice(0, 1), slice(query, query + 1))
-        np.testing.assert_allclose(kernel.compute(alone, threads)[:, 0], call.v[:, query], rtol=1e-6)
+        np.testing.assert_allclose(
+            kernel.compute(alone, threads)[:, 0], call.v[:, query].astype(np.float32), rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize("threads", [1, 2])
