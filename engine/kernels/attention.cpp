@@ -487,45 +487,45 @@ template <typename T> struct Block {
         constexpr int N_TILES = SEGMENT / TILE;
         const int64_t first = int64_t(number) * SEGMENT;
         int rows[N_TILES][MAX_ROWS], count[N_TILES], length[N_TILES];
-        bool masked[MAX_ROWS], seen[MAX_ROWS] = {}, partly[N_TILES] = {};
+        bool masked[MAX_ROWS], partly[N_TILES] = {};
+        uint32_t seen[MAX_ROWS] = {};  // tiles of a row, one a bit
         int n_tiles = 0;
         for (; n_tiles < N_TILES && first + n_tiles * TILE < s.n_cells; n_tiles++) {
             const int64_t cell = first + n_tiles * TILE;
             const int n = length[n_tiles] = int(std::min<int64_t>(TILE, s.n_cells - cell));
             const int c = count[n_tiles] = seeing(cell, n, rows[n_tiles], masked);
             if (c) score(cell, n, rows[n_tiles], masked, c, n_tiles * TILE);
-            for (int i = 0; i < c; i++) partly[n_tiles] |= masked[i];
-            int i = 0;
-            for (int row = 0; row < item.n_rows; row++) {  // whoever sees nothing of the tile has no scores there
-                if (i < c && rows[n_tiles][i] == row) {
-                    seen[row] = true, i++;
-                } else {
-                    for (int j = 0; j < TILE; j += LANES) store(at.scores + row * SEGMENT + n_tiles * TILE + j, all(-INFINITY));
-                }
+            for (int i = 0; i < c; i++) {
+                partly[n_tiles] |= masked[i];
+                seen[rows[n_tiles][i]] |= 1u << n_tiles;
             }
         }
         for (int row = 0; row < item.n_rows; row++) {
             sums[row] = {};
-            if (seen[row]) soften(row, n_tiles * TILE);
+            if (!seen[row]) continue;
+            soften(row, seen[row]);
+            memset(at.segment_out + row * s.dv, 0, s.dv * sizeof(T));
         }
-        memset(at.segment_out, 0, item.n_rows * s.dv * sizeof(T));
         for (int tile = 0; tile < n_tiles; tile++) {
             if (!count[tile]) continue;
             weigh_values(first + tile * TILE, length[tile], rows[tile], count[tile], tile * TILE, partly[tile]);
         }
     }
 
-    // Scores become weights, and their sum.
-    void soften(int row, int n) {
+    // Scores of the tiles that a row sees become weights, and their sum.
+    void soften(int row, uint32_t tiles) {
         const float * scores = at.scores + row * SEGMENT;
         T * weights = at.weights + row * SEGMENT;
-        f32x8 top = load(scores);
-        for (int j = LANES; j < n; j += LANES) top = max(top, load(scores + j));
+        f32x8 top = all(-INFINITY);
+        for (int j = 0; j < SEGMENT; j += LANES) {
+            if (tiles >> j / TILE & 1) top = max(load(scores + j), top);
+        }
         const float highest_score = highest(top);
         if (highest_score == -INFINITY) return;
         const int32_t power = power_of(highest_score);
         f64x4 total = all(0.0);
-        for (int j = 0; j < n; j += LANES) {
+        for (int j = 0; j < SEGMENT; j += LANES) {
+            if (!(tiles >> j / TILE & 1)) continue;
             float eight[LANES];
             store(eight, relative(exp(load(scores + j)), power));
             for (int i = 0; i < LANES; i++) weights[j + i] = eight[i];
