@@ -1,4 +1,4 @@
-"""One attention operation through ggml's CPU backend, with or without our kernel.
+"""One operation through ggml's CPU backend, with or without our kernels: attention, or weights times rows.
 
 The memory around a call is a trap: after the end of every tensor comes a page that must not be read, results
 and scratch memory start as NaN, and what lies behind the scratch memory must stay as it was.
@@ -9,6 +9,7 @@ import mmap
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import numpy as np
 from llama_cpp import llama_cpp as native
@@ -19,7 +20,7 @@ from engine.kernels import library_path as kernel_library
 from engine.kernels import wide as sum_wide
 from tests.engine.attention_calls import BF16, F16, F32, Call
 
-__all__ = ["AttentionProcess", "compute", "kernel_library"]
+__all__ = ["AttentionProcess", "MatmulProcess", "Weights", "compute", "kernel_library"]
 
 PAGE = mmap.PAGESIZE
 ALIGNMENT = 32  # of every tensor, as ggml's CPU buffers have it
@@ -62,6 +63,7 @@ _SIGNATURES = {  # name: result, arguments
     "ggml_quantize_chunk": (ctypes.c_size_t, [ctypes.c_int, _P, _P, _I64, _I64, _I64, _P]),
     "ggml_flash_attn_ext": (_P, [_P, _P, _P, _P, _P, _F, _F, _F]),
     "ggml_flash_attn_ext_add_sinks": (None, [_P, _P]),
+    "ggml_mul_mat": (_P, [_P, _P, _P]),
     "ggml_new_graph": (_P, [_P]),
     "ggml_build_forward_expand": (None, [_P, _P]),
     "ggml_graph_plan": (_Plan, [_P, ctypes.c_int, _P]),
@@ -69,6 +71,10 @@ _SIGNATURES = {  # name: result, arguments
     "ggml_backend_cpu_buffer_from_ptr": (_P, [_P, ctypes.c_size_t]),
     "ggml_backend_tensor_alloc": (ctypes.c_int, [_P, _P, _P]),
     "ggml_backend_buffer_free": (None, [_P]),
+    "_Z35ggml_backend_cpu_repack_buffer_typev": (_P, []),
+    "ggml_backend_buft_alloc_buffer": (_P, [_P, ctypes.c_size_t]),
+    "ggml_backend_buffer_get_base": (_P, [_P]),
+    "ggml_backend_tensor_set": (None, [_P, _P, ctypes.c_size_t, ctypes.c_size_t]),
 }
 
 
@@ -128,6 +134,21 @@ class _Graph:
         self.place(tensor, self._encode(np.ascontiguousarray(array), type))
         return tensor
 
+    def weights(self, weights: "Weights") -> int:
+        """A tensor of quantized blocks, repacked if asked for as llama.cpp does it."""
+        n_columns, data = len(weights.columns), weights.columns.tobytes()
+        tensor = self.ggml.ggml_new_tensor_4d(self.context, weights.type, weights.length, n_columns, 1, 1)
+        if not weights.repacked:
+            self.place(tensor, data)
+            return tensor
+        repacking = self.ggml._Z35ggml_backend_cpu_repack_buffer_typev()
+        buffer = self.ggml.ggml_backend_buft_alloc_buffer(repacking, len(data))
+        self._exits.callback(self.ggml.ggml_backend_buffer_free, buffer)
+        base = self.ggml.ggml_backend_buffer_get_base(buffer)
+        assert self.ggml.ggml_backend_tensor_alloc(buffer, tensor, base) == 0
+        self.ggml.ggml_backend_tensor_set(tensor, data, 0, len(data))
+        return tensor
+
     def _encode(self, array: np.ndarray, type: int) -> bytes:
         if type == F32:
             return array.astype(np.float32).tobytes()
@@ -179,6 +200,35 @@ def compute(call: Call, n_threads: int = 1, *, reference: bool = False) -> np.nd
         return memory.floats().reshape(n_streams, n_queries, n_heads, call.v.shape[-1])
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Columns of quantized blocks."""
+
+    type: int
+    length: int  # weights of a column
+    columns: np.ndarray  # of bytes, column after column
+    repacked: bool
+
+
+def multiply(weights: Weights, rows: np.ndarray, n_threads: int = 1) -> np.ndarray:
+    """(rows, length) float32 times weights, as ggml computes it in this process: (rows, columns) float32."""
+    with ExitStack() as exits:
+        graph = _Graph(exits)
+        operands = graph.weights(weights), graph.tensor(rows, F32)
+        result = graph.ggml.ggml_mul_mat(graph.context, *operands)
+        memory = graph.place(result)
+        graph.compute(result, n_threads, reference=False)
+        return memory.floats().reshape(len(rows), -1)
+
+
+def _multiply_and_count(
+    weights: Weights, groups: list[np.ndarray], n_threads: int
+) -> tuple[list[np.ndarray], int]:
+    before = kernel_calls("matmul")
+    results = [multiply(weights, rows, n_threads) for rows in groups]
+    return results, kernel_calls("matmul") - before
+
+
 def _compute_and_count(call: Call, n_threads: int, reference: bool) -> tuple[np.ndarray, int]:
     before = kernel_calls("attention")
     result = compute(call, n_threads, reference=reference)
@@ -194,19 +244,32 @@ def _start(with_kernel: bool, wide: bool) -> None:
         sum_wide(wide)
 
 
-class AttentionProcess:
-    """A process that computes attention: the kernel is installed once a process, and for good."""
+class _KernelProcess:
+    """A process of its own: the kernels are installed once a process, and for good."""
 
     def __init__(self, *, with_kernel: bool, wide: bool = False) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(1, spawn, initializer=_start, initargs=(with_kernel, wide))
         self.taken = 0  # by the kernel, of the calls of the last compute()
 
+    def close(self) -> None:
+        """End the process."""
+        self._pool.shutdown()
+
+
+class AttentionProcess(_KernelProcess):
+    """A process that computes attention."""
+
     def compute(self, call: Call, n_threads: int = 1, *, reference: bool = False) -> np.ndarray:
         """As the function; `taken` says afterwards how often the kernel was called."""
         result, self.taken = self._pool.submit(_compute_and_count, call, n_threads, reference).result()
         return result
 
-    def close(self) -> None:
-        """End the process."""
-        self._pool.shutdown()
+
+class MatmulProcess(_KernelProcess):
+    """A process that multiplies weights with rows."""
+
+    def compute(self, weights: Weights, groups: list[np.ndarray], n_threads: int = 1) -> list[np.ndarray]:
+        """One call of multiply() for each group of rows; `taken` says how often the kernel was called."""
+        results, self.taken = self._pool.submit(_multiply_and_count, weights, groups, n_threads).result()
+        return results

@@ -1,0 +1,178 @@
+// Weights in blocks of 32, Q4_0 and Q4_1, times several rows of activations.
+//
+// Why it is here. llama.cpp's kernel for Q4_0, which it keeps repacked, treats weights as signed bytes, which AVX2 cannot multiply
+// with signed bytes: each product costs two more instructions for the sign, and each pair of products one for
+// widening. Here weights stay what Q4_0 stores, 0 to 15, which AVX2 multiplies with signed bytes as they are; the
+// 8 that is to be taken off each weight is taken off the sum, as 8 times the sum of the activations. And four
+// products of 15 * 127 fit 16 bits, so that a block of 32 is added up in 16 bits and widened once. With rows in
+// 16s the weights are unpacked once for all. The sums are exact integers, and what is done to them in floats is
+// what llama.cpp does, in its order: results are the same to the last bit, also as those of a single row, which
+// llama.cpp's kernel computes (it waits for memory, not for instructions).
+//
+// Q4_1 llama.cpp computes as so many single rows, unpacking a column's weights anew for each. Here they are
+// unpacked once for eight rows; again in its order of sums.
+//
+// The layout of Q4_0 is ggml's block_q4_0x8 (repack.h there): of 8 neighbouring columns, 8 scales in 16-bit
+// floats, then 128 bytes, 8 of each column by turns; low halves are the first 16 weights of a block, high halves
+// the others, with the top bit of each half turned over. Q4_1 is as it is in the file: a block of one column has a
+// scale, the lowest weight, and 16 bytes, low halves first.
+
+#include "matmul.h"
+
+#ifdef MATMUL_WITH_AVX2
+
+#include <cmath>
+#include <cstring>
+#include <immintrin.h>
+
+namespace {
+
+constexpr int QK = 32;          // weights of a block
+constexpr int BLOCK_0 = 18;     // bytes of a block of Q4_0
+constexpr int BLOCK_0X8 = 144;  // of those of 8 columns, repacked
+constexpr int BLOCK_1 = 20;     // of a block of Q4_1
+constexpr int32_t OFFSET = 8;   // of a stored weight of Q4_0
+
+// A pass, block after block: first the values of each row, then a scale and the sum of each row: 8 times the
+// integers for Q4_0, scaled in 16 bits for Q4_1.
+constexpr size_t ACTIVATION_BYTES = QK + 2 * sizeof(float);
+int8_t * values(const Pass & p, int64_t block, int row) { return p.at + block * p.n * ACTIVATION_BYTES + row * QK; }
+float * scales(const Pass & p, int64_t block) { return (float *) values(p, block, p.n); }
+int32_t * sums(const Pass & p, int64_t block) { return (int32_t *) scales(p, block) + p.n; }
+float * scaled_sums(const Pass & p, int64_t block) { return scales(p, block) + p.n; }
+
+inline float in_16_bits(float x) { return _cvtsh_ss(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)); }
+
+// As ggml quantizes to Q8_0 and Q8_1: the largest becomes 127, the scale is kept in 16 bits.
+template <bool SCALED>
+void quantize(const float * x, int64_t n_blocks, const Pass & pass, int row) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    for (int64_t b = 0; b < n_blocks; b++, x += QK) {
+        __m256 v[4];
+        __m256 top = _mm256_setzero_ps();
+        for (int i = 0; i < 4; i++) {
+            v[i] = _mm256_loadu_ps(x + i * 8);
+            top = _mm256_max_ps(top, _mm256_andnot_ps(sign, v[i]));
+        }
+        __m128 half = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps(top, 1));
+        half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+        const float most = _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+        const __m256 by = _mm256_set1_ps(most != 0 ? 127.0f / most : 0.0f);
+        __m256i q[4], total = _mm256_setzero_si256();
+        for (int i = 0; i < 4; i++) {
+            q[i] = _mm256_cvtps_epi32(_mm256_round_ps(_mm256_mul_ps(v[i], by), _MM_FROUND_TO_NEAREST_INT));
+            total = _mm256_add_epi32(total, q[i]);
+        }
+        const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        _mm256_storeu_si256((__m256i *) values(pass, b, row), _mm256_permutevar8x32_epi32(packed, order));
+        __m128i s = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+        s = _mm_hadd_epi32(s, s);
+        const int32_t sum = _mm_cvtsi128_si32(_mm_hadd_epi32(s, s));
+        const float scale = most / 127.0f;
+        if (SCALED) {
+            scaled_sums(pass, b)[row] = in_16_bits(scale * sum);
+        } else {
+            sums(pass, b)[row] = OFFSET * sum;
+        }
+        scales(pass, b)[row] = in_16_bits(scale);
+    }
+}
+
+// Eight columns of the product, for R rows from `first` on.
+template <int R>
+inline void rows_of_block(const __m256i * w, __m256 scale, const Pass & pass, int64_t b, int first, __m256 * acc) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    const float * scale_of = scales(pass, b) + first;
+    const int32_t * sum_of = sums(pass, b) + first;
+    for (int r = 0; r < R; r++) {
+        const int64_t * x = (const int64_t *) values(pass, b, first + r);
+        __m256i low = _mm256_setzero_si256(), high = low;  // columns 0 to 3 and 4 to 7, in 16 bits
+        for (int i = 0; i < 4; i++) {
+            int64_t eight;
+            memcpy(&eight, x + i, sizeof eight);
+            const __m256i a = _mm256_set1_epi64x(eight);
+            low = _mm256_add_epi16(low, _mm256_maddubs_epi16(w[2 * i], a));
+            high = _mm256_add_epi16(high, _mm256_maddubs_epi16(w[2 * i + 1], a));
+        }
+        // columns 0, 1, 4, 5, 2, 3, 6, 7
+        __m256i sum = _mm256_hadd_epi32(_mm256_madd_epi16(low, ones), _mm256_madd_epi16(high, ones));
+        sum = _mm256_sub_epi32(sum, _mm256_set1_epi32(sum_of[r]));
+        const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(scale_of[r]));
+        acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), both, acc[r]);
+    }
+}
+
+void eight_columns(const ggml_tensor * tensor, int64_t column, const Pass & pass, float * to, size_t stride) {
+    const int64_t n_blocks = tensor->ne[0] / QK;
+    const uint8_t * weights = (const uint8_t *) tensor->data + column / 8 * n_blocks * BLOCK_0X8;
+    const __m256i order = _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7);
+    const __m256i low_half = _mm256_set1_epi8(0x0f), turned = _mm256_set1_epi8(int8_t(0x88));
+    __m256 acc[MAX_ROWS];
+    for (int r = 0; r < pass.n; r++) acc[r] = _mm256_setzero_ps();
+    for (int64_t b = 0; b < n_blocks; b++, weights += BLOCK_0X8) {
+        _mm_prefetch((const char *) weights + 8 * BLOCK_0X8, _MM_HINT_T0);
+        _mm_prefetch((const char *) weights + 8 * BLOCK_0X8 + 64, _MM_HINT_T0);
+        __m256i w[8];  // w[2 * i]: weights 8 i to 8 i + 7 of columns 0 to 3, w[2 * i + 1] of columns 4 to 7
+        for (int i = 0; i < 4; i++) {
+            const __m256i raw = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *) (weights + 16 + i * 32)), turned);
+            w[i] = _mm256_and_si256(raw, low_half);
+            w[i + 4] = _mm256_and_si256(_mm256_srli_epi16(raw, 4), low_half);
+        }
+        const __m256 scale = _mm256_permutevar8x32_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) weights)), order);
+        int r = 0;
+        for (; r + 4 <= pass.n; r += 4) rows_of_block<4>(w, scale, pass, b, r, acc + r);
+        for (; r < pass.n; r++) rows_of_block<1>(w, scale, pass, b, r, acc + r);
+    }
+    for (int r = 0; r < pass.n; r++) {
+        _mm256_storeu_ps((float *) ((char *) to + r * stride), _mm256_permutevar8x32_ps(acc[r], order));
+    }
+}
+
+// One column of Q4_1 for R rows from `first` on.
+template <int R>
+inline void rows_of_column(const uint8_t * weights, int64_t n_blocks, const Pass & pass, int first, float * to, size_t stride) {
+    const __m256i low_half = _mm256_set1_epi8(0x0f), ones = _mm256_set1_epi16(1);
+    __m256 acc[R];
+    float lowest[R] = {};
+    for (int r = 0; r < R; r++) acc[r] = _mm256_setzero_ps();
+    for (int64_t b = 0; b < n_blocks; b++, weights += BLOCK_1) {
+        uint16_t scale, low;
+        memcpy(&scale, weights, 2);
+        memcpy(&low, weights + 2, 2);
+        const __m256 d = _mm256_set1_ps(_cvtsh_ss(scale));
+        const float m = _cvtsh_ss(low);
+        const __m128i raw = _mm_loadu_si128((const __m128i *) (weights + 4));
+        const __m256i w = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(raw, 4), raw), low_half);
+        const float *scale_of = scales(pass, b) + first, *sum_of = scaled_sums(pass, b) + first;
+        for (int r = 0; r < R; r++) {
+            const __m256i x = _mm256_loadu_si256((const __m256i *) values(pass, b, first + r));
+            const __m256i sum = _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), ones);
+            acc[r] = _mm256_fmadd_ps(_mm256_mul_ps(d, _mm256_set1_ps(scale_of[r])), _mm256_cvtepi32_ps(sum), acc[r]);
+            lowest[r] = fmaf(m, sum_of[r], lowest[r]);
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        __m128 s = _mm_add_ps(_mm256_extractf128_ps(acc[r], 1), _mm256_castps256_ps128(acc[r]));
+        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        s = _mm_add_ss(s, _mm_movehdup_ps(s));
+        *(float *) ((char *) to + (first + r) * stride) = _mm_cvtss_f32(s) + lowest[r];
+    }
+}
+
+void one_column(const ggml_tensor * tensor, int64_t column, const Pass & pass, float * to, size_t stride) {
+    const int64_t n_blocks = tensor->ne[0] / QK;
+    const uint8_t * weights = (const uint8_t *) tensor->data + column * tensor->nb[1];
+    int r = 0;
+    for (; r + 8 <= pass.n; r += 8) rows_of_column<8>(weights, n_blocks, pass, r, to, stride);
+    for (; r + 4 <= pass.n; r += 4) rows_of_column<4>(weights, n_blocks, pass, r, to, stride);
+    for (; r + 2 <= pass.n; r += 2) rows_of_column<2>(weights, n_blocks, pass, r, to, stride);
+    for (; r < pass.n; r++) rows_of_column<1>(weights, n_blocks, pass, r, to, stride);
+}
+
+}  // namespace
+
+const MatmulKernel matmul_q4_0 = {QK, BLOCK_0, ACTIVATION_BYTES, 8, quantize<false>, eight_columns};
+const MatmulKernel matmul_q4_1 = {QK, BLOCK_1, ACTIVATION_BYTES, 1, quantize<true>, one_column};
+
+#endif
