@@ -1,8 +1,8 @@
-"""Kernels of our own in llama.cpp's CPU backend: attention, and Q4_0, Q4_1, Q4_K and Q6_K times several rows.
+"""Kernels of our own in llama.cpp's CPU backend: attention, and quantized weights times several rows.
 
-Their sources say what they do and why (attention.cpp; matmul.cpp, matmul_32.cpp, matmul_256.cpp); what they gain
-is in docs/log.md. They are compiled when lq is installed (hatch_build.py). Whatever they do not take, llama.cpp's
-own kernels compute.
+Their sources say what they do and why (attention.cpp; matmul.cpp, matmul_32.cpp, matmul_256.cpp); what they
+gain is in docs/log.md. They are compiled when lq is installed (hatch_build.py). Whatever they do not take,
+llama.cpp's own kernels compute.
 """
 
 import ctypes

@@ -1,35 +1,38 @@
-// Weights in blocks of 256, Q4_K and Q6_K, times several rows of activations.
+// Weights in blocks of 256, Q4_K, Q5_K and Q6_K, times several rows of activations.
 //
-// Why it is here. One row costs llama.cpp the time in which the weights come from memory. Two rows cost it nearly
-// two unpackings: its kernel for groups of rows starts at four (Q4_K, repacked) or eight (Q6_K), adds up floats in
-// another order than the one for a single row, and so gives other bits. Here a block is unpacked once for up to 16
-// rows, and every row gets the bits that llama.cpp's kernel for one row gives it. For that only the few floats
-// must be the same operations in the same order (per block of 256: integers to float, scale times scale, a fused
-// multiply-add); integers are exact however they are added up, as long as nothing overflows:
+// Why it is here. One row costs llama.cpp the time in which the weights come from memory. More rows cost it their
+// number of unpackings: its kernels for groups of rows start at four (Q4_K, which it keeps repacked) and eight (the
+// others), are not much faster, and add up floats in another order, so that a row gets other bits beside others than
+// alone. Here a block is unpacked once for up to 16 rows, and every row gets the bits that llama.cpp's kernel for one
+// row gives it. For that only the few operations on floats must be the same in the same order (per block of 256:
+// integer to float, scale times scale, a fused multiply-add); integers are exact however they are added up, as long
+// as nothing overflows:
 //
-// - Activations are -127 to 127, scaled so that the largest becomes -127 (or 127: which of the two depends on what
-//   finds it, but both the integers and the scale change their sign, which cancels out without a rounding).
-// - A weight of Q4_K is 0 to 15 times a scale of a sub-block of 32 (6 bits), less a minimum of the sub-block (6
+// - Activations are -127 to 127, scaled so that the largest becomes -127 or 127. Which of the two depends on what
+//   finds it, but both the integers and the scale change their sign, which cancels out without a rounding.
+// - A weight of Q4_K is 0 to 15 times a scale of its sub-block of 32 (6 bits), less a minimum of the sub-block (6
 //   bits). maddubs multiplies unsigned with signed bytes and adds up pairs in 16 bits; four of these are at most
-//   8 * 15 * 127 = 15,240, so a sub-block needs no widening before its scale, which madd multiplies by and widens
-//   in one. The minimum is multiplied with the sum of the sub-block's activations.
-// - A weight of Q6_K is 0 to 63, less 32, times a scale of 16 weights (8 bits, signed). A pair is at most 2 * 63 *
-//   127 = 16,002, and is multiplied by its scale at once. The 32 are taken off as 32 times the sum of the 16
-//   activations; 32 times a scale still fits 16 bits. llama.cpp keeps eight sums apart until the end of the row,
-//   which are rounded one by one: lane l has bytes 4 l to 4 l + 3 of each 32, and less the sums of the 16s 2 l and
-//   2 l + 1, whichever weights those are.
+//   8 * 15 * 127 = 15,240, so that a sub-block is added up in 16 bits, and madd multiplies by its scale and widens in
+//   one. The minimum is multiplied with the sum of the sub-block's activations.
+// - A weight of Q6_K is 0 to 63, less 32, times a scale of its 16 weights (8 bits, signed). A pair is at most
+//   2 * 63 * 127 = 16,002, and is multiplied by the scale at once. The 32 are taken off as 32 times the scale, which
+//   fits 16 bits, times the sum of the 16 activations. llama.cpp keeps eight sums apart to the end of the column and
+//   rounds each to a float once a block: sum l has bytes 4 l to 4 l + 3 of each 32, and less what is taken off for
+//   the 16s 2 l and 2 l + 1, wherever these lie.
+// - A weight of Q5_K is like one of Q4_K, but 0 to 31 and not repacked: it is computed like Q6_K, with its minima as a
+//   single number beside the eight sums.
 
 #include "matmul.h"
 
 #ifdef MATMUL_WITH_AVX2
 
-#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <immintrin.h>
 
 namespace {
 
-// Keeps the compiler from computing products long before they are added, for which there are not enough registers.
+// Keeps the compiler from computing products long before they are added up: registers would not suffice (5 to 10 %).
 #define IN_ORDER(sum) asm("" : "+x"(sum))
 
 constexpr int QK = 256;  // weights of a block
@@ -50,6 +53,17 @@ struct EightQ4K {
     uint8_t quants[4][4][64];
 };
 static_assert(sizeof(EightQ4K) == 8 * 144, "as ggml has it");
+
+// ggml's block_q5_K. `scales`: of the first four sub-blocks in the low 6 bits, then their minima; then of the others,
+// the low halves of bytes the scales', which have 2 bits at the top of the first four, and so the minima. `low`: 32
+// bytes a pair of sub-blocks, `high`: a bit a sub-block.
+struct Q5K {
+    uint16_t scale, min_scale;  // 16-bit floats
+    uint8_t scales[12];
+    uint8_t high[32];
+    uint8_t low[4][32];
+};
+static_assert(sizeof(Q5K) == 176, "as ggml has it");
 
 // ggml's block_q6_K. Of each half of the block: 64 bytes `low`, whose low and high halves are the low 4 bits of 64
 // weights each, and 32 bytes `high`, each with 2 bits of 4 weights, 32 apart.
@@ -96,8 +110,9 @@ void quantize(const float * x, int64_t n_blocks, const Pass & pass, int row) {
             __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
             bytes = _mm256_permutevar8x32_epi32(bytes, order);
             _mm256_store_si256((__m256i *) (to.values + i), bytes);
-            int64_t sums[4];  // of 8 each, of which each is 128 too high
-            _mm256_storeu_si256((__m256i *) sums, _mm256_sad_epu8(_mm256_xor_si256(bytes, top_bit), _mm256_setzero_si256()));
+            const __m256i unsigned_bytes = _mm256_xor_si256(bytes, top_bit);  // 128 more
+            int64_t sums[4];  // of 8 each
+            _mm256_storeu_si256((__m256i *) sums, _mm256_sad_epu8(unsigned_bytes, _mm256_setzero_si256()));
             to.sums_of_16[i / 16] = int16_t(sums[0] + sums[1] - 16 * 128);
             to.sums_of_16[i / 16 + 1] = int16_t(sums[2] + sums[3] - 16 * 128);
             to.sums_of_32[i / 32] = int16_t(to.sums_of_16[i / 16] + to.sums_of_16[i / 16 + 1]);
@@ -105,13 +120,13 @@ void quantize(const float * x, int64_t n_blocks, const Pass & pass, int row) {
     }
 }
 
-// 6 bits of 8 columns: the first four have them in the low bits of a word, the others 4 bits in another word and 2
-// at the top of the first.
+// 6 bits of 8 columns (Q4_K) or sub-blocks (Q5_K): the first four have them in the low bits of a word, the others 4
+// bits in another word and 2 at the top of the first.
 inline uint64_t six_bits(uint32_t first, uint32_t second) {
     return (first & 0x3f3f3f3f) | uint64_t((second & 0x0f0f0f0f) | ((first >> 2) & 0x30303030)) << 32;
 }
 
-// Scales and minima of a sub-block, a byte a column.
+// Scales and minima, a byte a column or sub-block.
 inline void unpack_scales(const uint8_t * from, uint64_t & scales, uint64_t & minima) {
     uint32_t word[3];
     memcpy(word, from, sizeof word);
@@ -127,7 +142,8 @@ struct Sums {
 // One sub-block of eight columns for all rows: 32 weights in the low halves of `quants`, or, SHIFT 4, in the high
 // ones. `values`: where its activations are in a row's block.
 template <int SHIFT>
-inline void add_sub_block(const uint8_t (&quants)[4][64], uint64_t scales, const Activations * rows, int n, int values, Sums * sums) {
+inline void add_sub_block(const uint8_t (&quants)[4][64], uint64_t scales, const Activations * rows, int n, int values,
+                          Sums * sums) {
     __m256i w[8];  // w[2 * i]: weights 8 i to 8 i + 7 of columns 0 to 3, w[2 * i + 1] of columns 4 to 7
     for (int i = 0; i < 8; i++) {
         const __m256i raw = load(quants[i / 2] + i % 2 * 32);
@@ -153,8 +169,26 @@ inline void add_sub_block(const uint8_t (&quants)[4][64], uint64_t scales, const
     }
 }
 
+// The floats of a block, for one row. `minima`: of pairs of sub-blocks, in 16 bits, columns 0 to 7, as `min_scale`;
+// `scale` and `acc` are in the order of hadd.
+inline void add_floats(const Sums & sums, const __m256i * minima, __m256 scale, __m256 min_scale,
+                       const Activations & row, __m256 & acc, __m256 & acc_min) {
+    __m256i min_sum = _mm256_setzero_si256();
+    for (int pair = 0; pair < 4; pair++) {
+        int32_t two;
+        memcpy(&two, row.sums_of_32 + 2 * pair, sizeof two);
+        min_sum = _mm256_add_epi32(min_sum, _mm256_madd_epi16(_mm256_set1_epi32(two), minima[pair]));
+    }
+    const __m256i sum = _mm256_hadd_epi32(sums.low, sums.high);
+    const __m256 by = _mm256_set1_ps(row.scale);
+    acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(scale, by), acc);
+    acc_min = _mm256_fmadd_ps(_mm256_cvtepi32_ps(min_sum), _mm256_mul_ps(min_scale, by), acc_min);
+}
+
+inline __m256 eight_floats(const uint16_t * from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) from)); }
+
 void eight_columns(const ggml_tensor * tensor, int64_t column, const Pass & pass, float * to, size_t stride) {
-    const __m256i order = _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7);
+    const __m256i order = _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7);  // that hadd leaves columns in; its own inverse
     const int64_t n_blocks = tensor->ne[0] / QK;
     const int n = pass.n;
     const EightQ4K * block = (const EightQ4K *) tensor->data + column / 8 * n_blocks;
@@ -164,57 +198,45 @@ void eight_columns(const ggml_tensor * tensor, int64_t column, const Pass & pass
         const Activations * rows = rows_of(pass, b);
         Sums sums[MAX_ROWS];
         for (int r = 0; r < n; r++) sums[r].low = sums[r].high = _mm256_setzero_si256();
-        __m256i minima[4];  // of pairs of sub-blocks, in 16 bits, columns 0 to 7
+        __m256i minima[4];
         for (int pair = 0; pair < 4; pair++) {
-            for (int i = 0; i < 5; i++) {
-                _mm_prefetch((const char *) (block + 2) + (pair * 5 + i) * 64, _MM_HINT_T0);
-            }
+            for (int i = 0; i < 5; i++) _mm_prefetch((const char *) (block + 2) + (pair * 5 + i) * 64, _MM_HINT_T0);
             uint64_t scales[2], mins[2];
             for (int i = 0; i < 2; i++) unpack_scales(block->scales[2 * pair + i], scales[i], mins[i]);
-            minima[pair] = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(_mm_cvtsi64_si128(mins[0]), _mm_cvtsi64_si128(mins[1])));
+            const __m128i both = _mm_unpacklo_epi8(_mm_cvtsi64_si128(mins[0]), _mm_cvtsi64_si128(mins[1]));
+            minima[pair] = _mm256_cvtepu8_epi16(both);
             add_sub_block<0>(block->quants[pair], scales[0], rows, n, pair * 64, sums);
             add_sub_block<4>(block->quants[pair], scales[1], rows, n, pair * 64 + 32, sums);
         }
-        const __m256 scale = _mm256_permutevar8x32_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) block->scale)), order);
-        const __m256 min_scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) block->min_scale));
-        for (int r = 0; r < n; r++) {
-            const __m256i sum = _mm256_hadd_epi32(sums[r].low, sums[r].high);  // columns 0, 1, 4, 5, 2, 3, 6, 7
-            __m256i min_sum = _mm256_setzero_si256();
-            for (int pair = 0; pair < 4; pair++) {
-                int32_t two;
-                memcpy(&two, rows[r].sums_of_32 + 2 * pair, sizeof two);
-                min_sum = _mm256_add_epi32(min_sum, _mm256_madd_epi16(_mm256_set1_epi32(two), minima[pair]));
-            }
-            const __m256 by = _mm256_set1_ps(rows[r].scale);
-            acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(scale, by), acc[r]);
-            acc_min[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(min_sum), _mm256_mul_ps(min_scale, by), acc_min[r]);
-        }
+        const __m256 scale = _mm256_permutevar8x32_ps(eight_floats(block->scale), order);
+        const __m256 min_scale = eight_floats(block->min_scale);
+        for (int r = 0; r < n; r++) add_floats(sums[r], minima, scale, min_scale, rows[r], acc[r], acc_min[r]);
     }
     for (int r = 0; r < n; r++) {
-        _mm256_storeu_ps((float *) ((char *) to + r * stride), _mm256_sub_ps(_mm256_permutevar8x32_ps(acc[r], order), acc_min[r]));
+        const __m256 sum = _mm256_permutevar8x32_ps(acc[r], order);
+        _mm256_storeu_ps((float *) ((char *) to + r * stride), _mm256_sub_ps(sum, acc_min[r]));
     }
 }
 
 // The weights of a block, 32 a vector, 0 to 63.
 inline void unpack(const Q6K & block, __m256i * w) {
-    const __m256i low_half = _mm256_set1_epi8(0x0f), two_bits = _mm256_set1_epi8(0x30);
+    const __m256i four_bits = _mm256_set1_epi8(0x0f), two_bits = _mm256_set1_epi8(0x30);
+    const auto join = [&](__m256i low, __m256i high) {
+        return _mm256_or_si256(_mm256_and_si256(low, four_bits), _mm256_and_si256(high, two_bits));
+    };
     for (int half = 0; half < 2; half++) {
-        const __m256i high = load(block.high[half]);
         const __m256i first = load(block.low[half][0]), second = load(block.low[half][1]);
-        w[4 * half] = _mm256_or_si256(_mm256_and_si256(first, low_half), _mm256_and_si256(_mm256_slli_epi16(high, 4), two_bits));
-        w[4 * half + 1] = _mm256_or_si256(_mm256_and_si256(second, low_half), _mm256_and_si256(_mm256_slli_epi16(high, 2), two_bits));
-        w[4 * half + 2] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(first, 4), low_half), _mm256_and_si256(high, two_bits));
-        w[4 * half + 3] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(second, 4), low_half), _mm256_and_si256(_mm256_srli_epi16(high, 2), two_bits));
+        const __m256i high = load(block.high[half]);
+        w[4 * half] = join(first, _mm256_slli_epi16(high, 4));
+        w[4 * half + 1] = join(second, _mm256_slli_epi16(high, 2));
+        w[4 * half + 2] = join(_mm256_srli_epi16(first, 4), high);
+        w[4 * half + 3] = join(_mm256_srli_epi16(second, 4), _mm256_srli_epi16(high, 2));
     }
 }
 
-// A block of one column for R rows. `offset`: 32 times the scales of the 16s; `scales`: those of each 32, in place.
+// Adds a block of one column for R rows to their eight sums each. `scales`: of each 32 weights, in their places.
 template <int R>
-inline void add_block(const __m256i * w, const __m256i * scales, __m256i offset, __m256 scale, const Activations * rows, __m256 * acc) {
-    __m256i sums[R];
-    for (int r = 0; r < R; r++) {
-        sums[r] = _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_madd_epi16(load(rows[r].sums_of_16), offset));
-    }
+inline void add_products(const __m256i * w, const __m256i * scales, const Activations * rows, __m256i * sums) {
     for (int i = 0; i < 8; i++) {
         for (int r = 0; r < R; r++) {
             const __m256i products = _mm256_maddubs_epi16(w[i], load(rows[r].values + 32 * i));
@@ -222,12 +244,47 @@ inline void add_block(const __m256i * w, const __m256i * scales, __m256i offset,
             IN_ORDER(sums[r]);
         }
     }
+}
+
+inline __m256 times(__m256 scale, const Activations & row) { return _mm256_mul_ps(scale, _mm256_set1_ps(row.scale)); }
+
+// `offset`: 32 times the scales of the 16s.
+template <int R>
+inline void add_q6_k(const __m256i * w, const __m256i * scales, __m256i offset, __m256 scale, const Activations * rows,
+                     __m256 * acc) {
+    __m256i sums[R];
     for (int r = 0; r < R; r++) {
-        acc[r] = _mm256_fmadd_ps(_mm256_mul_ps(scale, _mm256_set1_ps(rows[r].scale)), _mm256_cvtepi32_ps(sums[r]), acc[r]);
+        sums[r] = _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_madd_epi16(load(rows[r].sums_of_16), offset));
+    }
+    add_products<R>(w, scales, rows, sums);
+    for (int r = 0; r < R; r++) acc[r] = _mm256_fmadd_ps(times(scale, rows[r]), _mm256_cvtepi32_ps(sums[r]), acc[r]);
+}
+
+// `minima`: of the sub-blocks, in 16 bits; `lowest` adds up what they take off.
+template <int R>
+inline void add_q5_k(const __m256i * w, const __m256i * scales, __m128i minima, __m256 scale, float min_scale,
+                     const Activations * rows, __m256 * acc, float * lowest) {
+    __m256i sums[R];
+    for (int r = 0; r < R; r++) sums[r] = _mm256_setzero_si256();
+    add_products<R>(w, scales, rows, sums);
+    for (int r = 0; r < R; r++) {
+        acc[r] = _mm256_fmadd_ps(times(scale, rows[r]), _mm256_cvtepi32_ps(sums[r]), acc[r]);
+        __m128i taken = _mm_madd_epi16(minima, _mm_load_si128((const __m128i *) rows[r].sums_of_32));
+        taken = _mm_add_epi32(taken, _mm_shuffle_epi32(taken, 0x4e));
+        taken = _mm_add_epi32(taken, _mm_shuffle_epi32(taken, 0xb1));
+        lowest[r] = fmaf(-rows[r].scale * min_scale, float(_mm_cvtsi128_si32(taken)), lowest[r]);
     }
 }
 
-void one_column(const ggml_tensor * tensor, int64_t column, const Pass & pass, float * to, size_t stride) {
+inline float added_up(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_extractf128_ps(v, 1), _mm256_castps256_ps128(v));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+inline float & result(float * to, size_t stride, int row) { return *(float *) ((char *) to + row * stride); }
+
+void column_of_q6_k(const ggml_tensor * tensor, int64_t column, const Pass & pass, float * to, size_t stride) {
     const int64_t n_blocks = tensor->ne[0] / QK;
     const int n = pass.n;
     const Q6K * block = (const Q6K *) ((const char *) tensor->data + column * tensor->nb[1]);
@@ -247,19 +304,54 @@ void one_column(const ggml_tensor * tensor, int64_t column, const Pass & pass, f
         }
         const __m256 scale = _mm256_set1_ps(_cvtsh_ss(block->scale));
         int r = 0;
-        for (; r + 2 <= n; r += 2) add_block<2>(w, scales, offset, scale, rows + r, acc + r);
-        for (; r < n; r++) add_block<1>(w, scales, offset, scale, rows + r, acc + r);
+        for (; r + 2 <= n; r += 2) add_q6_k<2>(w, scales, offset, scale, rows + r, acc + r);
+        for (; r < n; r++) add_q6_k<1>(w, scales, offset, scale, rows + r, acc + r);
     }
-    for (int r = 0; r < n; r++) {
-        __m128 s = _mm_add_ps(_mm256_extractf128_ps(acc[r], 1), _mm256_castps256_ps128(acc[r]));
-        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-        *(float *) ((char *) to + r * stride) = _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    for (int r = 0; r < n; r++) result(to, stride, r) = added_up(acc[r]);
+}
+
+// The weights of a block, 32 a vector, 0 to 31.
+inline void unpack(const Q5K & block, __m256i * w) {
+    const __m256i four_bits = _mm256_set1_epi8(0x0f), fifth_bit = _mm256_set1_epi8(0x10), high = load(block.high);
+    for (int i = 0; i < 8; i++) {
+        const __m256i low = _mm256_srli_epi16(load(block.low[i / 2]), i % 2 * 4);
+        const __m256i bit = i < 4 ? _mm256_slli_epi16(high, 4 - i) : _mm256_srli_epi16(high, i - 4);
+        w[i] = _mm256_or_si256(_mm256_and_si256(low, four_bits), _mm256_and_si256(bit, fifth_bit));
     }
+}
+
+void column_of_q5_k(const ggml_tensor * tensor, int64_t column, const Pass & pass, float * to, size_t stride) {
+    const int64_t n_blocks = tensor->ne[0] / QK;
+    const int n = pass.n;
+    const Q5K * block = (const Q5K *) ((const char *) tensor->data + column * tensor->nb[1]);
+    __m256 acc[MAX_ROWS];
+    float lowest[MAX_ROWS];
+    for (int r = 0; r < n; r++) acc[r] = _mm256_setzero_ps(), lowest[r] = 0;
+    for (int64_t b = 0; b < n_blocks; b++, block++) {
+        const Activations * rows = rows_of(pass, b);
+        for (int i = 0; i < 3; i++) _mm_prefetch((const char *) (block + 8) + i * 64, _MM_HINT_T0);
+        __m256i w[8], scales[8];
+        unpack(*block, w);
+        uint64_t scale_bytes, min_bytes;
+        unpack_scales(block->scales, scale_bytes, min_bytes);
+        const __m256i all = _mm256_broadcastsi128_si256(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(scale_bytes)));
+        for (int i = 0; i < 8; i++) {
+            scales[i] = _mm256_shuffle_epi8(all, _mm256_set1_epi16(int16_t((2 * i + 1) << 8 | 2 * i)));
+        }
+        const __m128i minima = _mm_cvtepu8_epi16(_mm_cvtsi64_si128(min_bytes));
+        const __m256 scale = _mm256_set1_ps(_cvtsh_ss(block->scale));
+        const float min_scale = _cvtsh_ss(block->min_scale);
+        int r = 0;
+        for (; r + 2 <= n; r += 2) add_q5_k<2>(w, scales, minima, scale, min_scale, rows + r, acc + r, lowest + r);
+        for (; r < n; r++) add_q5_k<1>(w, scales, minima, scale, min_scale, rows + r, acc + r, lowest + r);
+    }
+    for (int r = 0; r < n; r++) result(to, stride, r) = added_up(acc[r]) + lowest[r];
 }
 
 }  // namespace
 
-const MatmulKernel matmul_q4_k = {QK, 144, sizeof(Activations), 8, quantize, eight_columns};
-const MatmulKernel matmul_q6_k = {QK, sizeof(Q6K), sizeof(Activations), 1, quantize, one_column};
+const MatmulKernel matmul_q4_k = {QK, sizeof(EightQ4K) / 8, sizeof(Activations), 8, quantize, eight_columns};
+const MatmulKernel matmul_q5_k = {QK, sizeof(Q5K), sizeof(Activations), 1, quantize, column_of_q5_k};
+const MatmulKernel matmul_q6_k = {QK, sizeof(Q6K), sizeof(Activations), 1, quantize, column_of_q6_k};
 
 #endif

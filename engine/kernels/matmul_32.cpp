@@ -1,13 +1,13 @@
 // Weights in blocks of 32, Q4_0 and Q4_1, times several rows of activations.
 //
-// Why it is here. llama.cpp's kernel for Q4_0, which it keeps repacked, treats weights as signed bytes, which AVX2 cannot multiply
-// with signed bytes: each product costs two more instructions for the sign, and each pair of products one for
-// widening. Here weights stay what Q4_0 stores, 0 to 15, which AVX2 multiplies with signed bytes as they are; the
-// 8 that is to be taken off each weight is taken off the sum, as 8 times the sum of the activations. And four
-// products of 15 * 127 fit 16 bits, so that a block of 32 is added up in 16 bits and widened once. With rows in
-// 16s the weights are unpacked once for all. The sums are exact integers, and what is done to them in floats is
-// what llama.cpp does, in its order: results are the same to the last bit, also as those of a single row, which
-// llama.cpp's kernel computes (it waits for memory, not for instructions).
+// Why it is here. llama.cpp's kernel for Q4_0, which it keeps repacked, treats weights as signed bytes, which AVX2
+// cannot multiply with signed bytes: each product costs two more instructions for the sign, and each pair of products
+// one for widening. Here weights stay what Q4_0 stores, 0 to 15, which AVX2 multiplies with signed bytes as they are;
+// the 8 that is to be taken off each weight is taken off the sum, as 8 times the sum of the activations. And four
+// products of 15 * 127 fit 16 bits, so that a block of 32 is added up in 16 bits and widened once. With rows in 16s
+// the weights are unpacked once for all. The sums are exact integers, and what is done to them in floats is what
+// llama.cpp does, in its order: results are the same to the last bit, also as those of a single row, which llama.cpp's
+// kernel computes (it waits for memory, not for instructions).
 //
 // Q4_1 llama.cpp computes as so many single rows, unpacking a column's weights anew for each. Here they are
 // unpacked once for eight rows; again in its order of sums.
@@ -119,7 +119,8 @@ void eight_columns(const ggml_tensor * tensor, int64_t column, const Pass & pass
             w[i] = _mm256_and_si256(raw, low_half);
             w[i + 4] = _mm256_and_si256(_mm256_srli_epi16(raw, 4), low_half);
         }
-        const __m256 scale = _mm256_permutevar8x32_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) weights)), order);
+        const __m256 in_order = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) weights));
+        const __m256 scale = _mm256_permutevar8x32_ps(in_order, order);
         int r = 0;
         for (; r + 4 <= pass.n; r += 4) rows_of_block<4>(w, scale, pass, b, r, acc + r);
         for (; r < pass.n; r++) rows_of_block<1>(w, scale, pass, b, r, acc + r);
@@ -131,7 +132,8 @@ void eight_columns(const ggml_tensor * tensor, int64_t column, const Pass & pass
 
 // One column of Q4_1 for R rows from `first` on.
 template <int R>
-inline void rows_of_column(const uint8_t * weights, int64_t n_blocks, const Pass & pass, int first, float * to, size_t stride) {
+inline void rows_of_column(const uint8_t * weights, int64_t n_blocks, const Pass & pass, int first, float * to,
+                           size_t stride) {
     const __m256i low_half = _mm256_set1_epi8(0x0f), ones = _mm256_set1_epi16(1);
     __m256 acc[R];
     float lowest[R] = {};
