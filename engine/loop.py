@@ -31,6 +31,7 @@ from engine.scheduler import Scheduler
 from engine.sequence import Action, Begin, Chunk, Plan, Sequence
 from engine.states import States
 from engine.text import StopStrings
+from engine.turns import Limits
 from engine.writing import Progress, Writing
 
 Output = tuple[Hashable, Event | EngineError]
@@ -134,16 +135,18 @@ class Loop:
         writing = [each for each in running if each.is_writing]
         # Beside prompts a call is long as it is, and what guesses cost could not be told apart.
         drafts = self._guess(writing) if self.guesses and writing and len(writing) == len(running) else None
-        plan = self.scheduler.plan(n_prompt=self.pace.n_prompt(len(writing)), drafts=drafts)
+        limits = Limits(self.pace.n_prompt(len(writing)), self.pace.n_brief())
+        plan = self.scheduler.plan(limits=limits, drafts=drafts)
         self._act(plan.actions)
         if not plan.chunks:
             return []
         self.hands.use(plan.adapters)
+        called = time.perf_counter()
         outputs = self._decode(plan.chunks)
-        seconds = time.perf_counter() - started
-        self._learn(plan, seconds)
+        now = time.perf_counter()
+        self._learn(plan, now - called)  # what was brought before it says nothing of the next one
         self.figures.counters.decode_steps_total += 1
-        self.figures.counters.busy_s += seconds
+        self.figures.counters.busy_s += now - started
         return outputs
 
     def stats(self) -> EngineStats:
@@ -204,14 +207,15 @@ class Loop:
 
     def _guess(self, writing: list[Sequence]) -> dict[Sequence, list[int]]:
         """Tokens worth checking along with each writing sequence's own: its own words, else a draft's."""
-        found = {each: self._writing[each.id].lookup.guess(each.tokens, MAX_GUESSES) for each in writing}
+        guessing = [each for each in writing if not self.scheduler.turns.is_over_share(each)]
+        found = {each: self._writing[each.id].lookup.guess(each.tokens, MAX_GUESSES) for each in guessing}
         quoted = {each: guesses for each, guesses in found.items() if guesses}
         if quoted:
             counts = self._within({each: len(guesses) for each, guesses in quoted.items()}, writing)
             return {each: quoted[each][:count] for each, count in counts.items()}
         if self.drafter is None:
             return {}
-        ready = self.drafter.ready(writing)
+        ready = self.drafter.ready(guessing)
         counts = self._within(dict.fromkeys(ready, MAX_GUESSES), writing, depth_s=self.drafter.call_s)
         return self.drafter.guess(counts) if counts else {}
 
@@ -229,9 +233,10 @@ class Loop:
         return chosen
 
     def _learn(self, plan: Plan, seconds: float) -> None:
-        n_writing = sum(len(chunk.tokens) for chunk in plan.chunks if chunk.is_writing)
-        n_prompt = sum(len(chunk.tokens) for chunk in plan.chunks) - n_writing
-        self.pace.learn(n_writing=n_writing, n_prompt=n_prompt, seconds=seconds)
+        n_writing = sum(chunk.is_writing for chunk in plan.chunks)
+        n_guesses = sum(chunk.n_draft for chunk in plan.chunks)
+        n_prompt = sum(len(chunk.tokens) for chunk in plan.chunks) - n_writing - n_guesses
+        self.pace.learn(n_writing=n_writing, n_prompt=n_prompt, seconds=seconds, n_guesses=n_guesses)
 
     def _decode(self, chunks: list[Chunk]) -> list[Output]:
         batch = self.context.batch

@@ -12,6 +12,9 @@ from typing import TypeVar
 K = TypeVar("K", bound=Hashable)
 
 MIN_PROMPT = 8  # tokens of prompts in every call, whatever the stall: a prompt must come to its end
+# Of the stall: a call of prompts of those over their share, which others who come wait for. It makes 50 ms of
+# 250, not much more than a call of eight that write (30 ms), which they wait for as well.
+BRIEF = 0.2
 CAUTION = 0.85  # of the stall is planned for: times vary, and what was written still has its way to go
 SMOOTHING = 0.3  # weight of the newest time
 WORTH = 1.03  # guesses must promise this much more to be tried
@@ -25,14 +28,19 @@ class Pace:
 
     def __init__(self, *, max_stall_s: float | None = None) -> None:
         self.max_stall_s = max_stall_s
-        self._writing_s: dict[int, float] = {}  # a call by its tokens, none of them of prompts
+        self._writing_s: dict[int, float] = {}  # a call by its sequences, a token of each and nothing else
+        # A call by its sequences and then its tokens, guesses among them. Apart from the other, since tokens
+        # of sequences of unlike numbers are calls of their own within llama.cpp.
+        self._guessing_s: dict[int, dict[int, float]] = {}
         self._prompt_token_s: float | None = None
 
-    def learn(self, *, n_writing: int, n_prompt: int, seconds: float) -> None:
-        """A call held so many tokens of writing sequences, guesses too, and of prompts."""
+    def learn(self, *, n_writing: int, n_prompt: int, seconds: float, n_guesses: int = 0) -> None:
+        """A call held a token of so many writing sequences, so many guesses, and tokens of prompts."""
         if not n_prompt:
-            before = self._writing_s.get(n_writing, seconds)
-            self._writing_s[n_writing] = before + SMOOTHING * (seconds - before)
+            known = self._guessing_s.setdefault(n_writing, {}) if n_guesses else self._writing_s
+            n_tokens = n_writing + n_guesses
+            before = known.get(n_tokens, seconds)
+            known[n_tokens] = before + SMOOTHING * (seconds - before)
         elif n_prompt >= MIN_PROMPT:
             a_token_s = max(1e-9, seconds - self.writing_s(n_writing)) / n_prompt
             before_s = a_token_s if self._prompt_token_s is None else self._prompt_token_s
@@ -40,21 +48,22 @@ class Pace:
             weight = max(SMOOTHING, 0.6 * (a_token_s > before_s))
             self._prompt_token_s = before_s + weight * (a_token_s - before_s)
 
-    def writing_s(self, n_tokens: int) -> float:
-        """Seconds of a call of so many writing sequences' tokens: between known ones on a line."""
-        if not n_tokens or not self._writing_s:
-            return 0.0
-        known = sorted(self._writing_s)
-        at = bisect_left(known, n_tokens)
-        if at < len(known) and known[at] == n_tokens:
-            return self._writing_s[n_tokens]
-        if at == 0 or len(known) == 1:
-            return self._writing_s[known[0]] * max(1.0, n_tokens / known[0])
-        right = min(at, len(known) - 1)
-        left = right - 1
-        low, high = self._writing_s[known[left]], self._writing_s[known[right]]
-        slope = max(0.0, high - low) / (known[right] - known[left])
-        return low + slope * (n_tokens - known[left])
+    def writing_s(self, n_writing: int) -> float:
+        """Seconds of a call of so many writing sequences: between known ones on a line."""
+        return _on_line(self._writing_s, n_writing)
+
+    def guessing_s(self, n_writing: int, n_guesses: int) -> float:
+        """The same with guesses; as long as none were made beside so many, as of so many sequences."""
+        known = self._guessing_s.get(n_writing)
+        if not known or not n_guesses:
+            return self.writing_s(n_writing + n_guesses)
+        return _on_line({n_writing: self.writing_s(n_writing)} | known, n_writing + n_guesses)
+
+    def doubt(self, n_writing: int) -> None:
+        """No guesses pay beside so many sequences: what they took is believed a little less."""
+        for n_tokens, seconds in self._guessing_s.get(n_writing, {}).items():
+            hoped = self.writing_s(n_tokens)
+            self._guessing_s[n_writing][n_tokens] = seconds + FORGETTING * (hoped - seconds)
 
     def n_prompt(self, n_writing: int) -> int | None:
         """Prompt tokens that the next call may hold beside writing sequences; None: any number."""
@@ -64,6 +73,31 @@ class Pace:
             return MIN_PROMPT
         room_s = CAUTION * (self.max_stall_s - self.writing_s(n_writing))
         return max(MIN_PROMPT, int(room_s / self._prompt_token_s))
+
+    def n_brief(self) -> int | None:
+        """Prompt tokens of a call that others who come should not have to wait for; None: any number."""
+        if self.max_stall_s is None:
+            return None
+        if self._prompt_token_s is None:
+            return MIN_PROMPT
+        return max(MIN_PROMPT, int(CAUTION * BRIEF * self.max_stall_s / self._prompt_token_s))
+
+
+def _on_line(seconds: Mapping[int, float], n_tokens: int) -> float:
+    """Between the two known numbers of tokens that are nearest, or beyond the last two; 0 of nothing."""
+    if not n_tokens or not seconds:
+        return 0.0
+    known = sorted(seconds)
+    at = bisect_left(known, n_tokens)
+    if at < len(known) and known[at] == n_tokens:
+        return seconds[n_tokens]
+    if at == 0 or len(known) == 1:
+        return seconds[known[0]] * max(1.0, n_tokens / known[0])
+    right = min(at, len(known) - 1)
+    left = right - 1
+    low, high = seconds[known[left]], seconds[known[right]]
+    slope = max(0.0, high - low) / (known[right] - known[left])
+    return low + slope * (n_tokens - known[left])
 
 
 @dataclass(slots=True)
@@ -124,11 +158,12 @@ class Luck:
         expected, depth = float(n_writing), 0
         for n_guesses, (gain, _, place) in enumerate(gains, start=1):
             expected, depth = expected + gain, max(depth, place)
-            seconds = self.pace.writing_s(n_writing + n_guesses) + depth * depth_s
+            seconds = self.pace.guessing_s(n_writing, n_guesses) + depth * depth_s
             rate = expected / max(1e-9, seconds)
             if rate > best_rate:
                 best, best_rate = n_guesses, rate
-        if not best:  # bad luck is not believed for ever
+        if not best:  # neither bad luck nor a slow call is believed for ever
+            self.pace.doubt(n_writing)
             self._common.tried += FORGETTING * (HOPE.tried - self._common.tried)
             self._common.right += FORGETTING * (HOPE.right - self._common.right)
         counts: dict[K, int] = {}

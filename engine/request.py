@@ -262,10 +262,16 @@ class Delta(NamedTuple):
     text: str
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
+    n_prompt_tokens: int = 0  # told with the first one: who is cut off is counted too
 
     def joined(self, later: "Delta") -> "Delta":
         """This and the next one as one."""
-        return Delta(self.text + later.text, self.tokens + later.tokens, self.logprobs + later.logprobs)
+        return Delta(
+            self.text + later.text,
+            self.tokens + later.tokens,
+            self.logprobs + later.logprobs,
+            self.n_prompt_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)

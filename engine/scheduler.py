@@ -11,8 +11,8 @@ The policy, in the order of the code:
   same token.
 - A sequence begins with the longest prefix that anybody holds, busy or idle, less what bringing it costs. Of
   prompts that begin alike, the oldest computes the common part; the others wait for it and share its cells.
-- Each writing sequence gets its one token in every call, and guesses behind it when it has some; the rest of
-  the call is filled with prompts, up to the size that the loop allows while others are writing.
+- Each writing sequence gets one token in every call, the rest is filled with prompts; who runs more than its
+  share gives way there, too (turns.py).
 - Sequences with other LoRA adapters cannot be in one call: sets of adapters take turns.
 - In streams llama.cpp computes together what lies in neighbouring slots: new sequences go next to those that
   run, and a sequence is moved into a gap that another one left.
@@ -27,6 +27,7 @@ from engine.holdings import Costs, Holdings, Source
 from engine.prefix import common_prefix
 from engine.sequence import Action, Chunk, Plan, Sequence, Slot
 from engine.stash import State
+from engine.turns import Limits, Turns
 
 MIN_SHARED = 32  # tokens worth waiting for until another sequence has computed them
 MIN_MOVED = 16  # tokens worth saving when a sequence makes way
@@ -69,6 +70,7 @@ class Scheduler:
             disk_bytes=disk_bytes,
             token_bytes=token_bytes,
         )
+        self.turns = Turns(self.queue, n_slots=n_slots)
         self.n_preempted = 0
         self._n_calls_with_gaps = 0
         self._turns: dict[Hashable, int] = {}  # of adapters: when they were decoded last
@@ -241,7 +243,7 @@ class Scheduler:
         self.queue.add(sequence, first=True)
         self.queue.ended(sequence)
         self.slots[index].sequence, sequence.slot, sequence.leader = None, None, None
-        sequence.n_computed = 0
+        sequence.n_computed = sequence.n_missed = 0
         if not self.held.share_prefixes:
             self.held.drop(index, actions)
 
@@ -309,50 +311,19 @@ class Scheduler:
     # The next call
 
     def plan(
-        self, *, n_prompt: int | None = None, drafts: Mapping[Sequence, list[int]] | None = None
+        self,
+        *,
+        limits: Limits = Limits(),  # noqa: B008  (frozen)
+        drafts: Mapping[Sequence, list[int]] | None = None,
     ) -> Plan:
-        """The next call; `n_prompt`: tokens of prompts that it may hold while somebody is writing."""
+        """The next call; `limits`: tokens of prompts that it may hold, `drafts`: guesses of who writes."""
         actions: list[Action] = []
+        self.queue.called()
         group = self._with_cells(self._group(), actions)
         cells = self.held.cells
         room = self.n_batch if cells is None else min(self.n_batch, cells.n_free)
-        chunks = self._writers(group, room, drafts or {})
-        if len(chunks) < len(group):
-            room -= sum(len(chunk.tokens) for chunk in chunks)
-            soft = n_prompt if chunks else None
-            self._add_prompts(chunks, group, room if soft is None else min(room, soft), room)
+        chunks = self.turns.chunks(group, room=room, limits=limits, drafts=drafts or {})
         return Plan(chunks, actions, group[0].adapters if group else ())
-
-    def _writers(self, group: list[Sequence], room: int, drafts: Mapping[Sequence, list[int]]) -> list[Chunk]:
-        """One token of every writing sequence, and behind it as many guesses as there is room for."""
-        writers = [each for each in group if each.is_writing]
-        spare = room - len(writers)
-        chunks = []
-        for each in writers:
-            guesses = drafts.get(each, [])[: max(0, min(spare, each.max_tokens - each.n_written - 1))]
-            spare -= len(guesses)
-            tokens = [each.tokens[-1], *guesses]
-            chunks.append(
-                Chunk(each, tokens, each.n_computed, samples=True, n_draft=len(guesses), is_writing=True)
-            )
-        return chunks
-
-    def _add_prompts(self, chunks: list[Chunk], group: list[Sequence], room: int, most: int) -> None:
-        """Fill the call with prompts: by priority, then of the tenant served least, then the oldest.
-
-        `room` may be exceeded by a fifth, within `most`, if that spares a call for the rest of a prompt.
-        """
-        served = self.queue.served
-        for each in sorted(group, key=lambda each: (-each.tenant.priority, served(each), each.age)):
-            if room <= 0:
-                return
-            if each.is_writing or each.leader:
-                continue
-            start, missing = each.n_computed, len(each.tokens) - each.n_computed
-            length = missing if missing <= min(most, room + room // 5) else room
-            tokens = each.tokens[start : start + length]
-            chunks.append(Chunk(each, tokens, start, samples=length == missing))
-            room, most = room - length, most - length
 
     def _group(self) -> list[Sequence]:
         """Running sequences of one set of adapters: that which was decoded longest ago."""

@@ -29,6 +29,7 @@ class Sequence:
     state: State | None = None  # what was saved when it had to make way
     leader: "Sequence | None" = None  # computes the first n_shared tokens of this prompt
     n_shared: int = 0
+    n_missed: int = 0  # tokens of others' prompts, computed in calls without this one since it wrote last
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)

@@ -75,9 +75,10 @@ class Writing:
                 break
         n_shown = len(chosen) - (ending is not None and ending.stop_token is not None)
         n_right = len(chosen) - 1
+        n_prompt = 0 if self.sequence.n_written else len(self.sequence.prompt)
         self.last_s = time.perf_counter()
         self.first_s = self.first_s or self.last_s
-        delta = Delta(text, tuple(chosen[:n_shown]), tuple(details)) if n_shown else None
+        delta = Delta(text, tuple(chosen[:n_shown]), tuple(details), n_prompt) if n_shown else None
         return Progress(chosen, n_right, delta, ending)
 
     def done(self, ending: Ending) -> tuple[Delta | None, Done]:

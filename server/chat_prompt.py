@@ -52,15 +52,35 @@ def adds_special(info: EngineInfo, text: str) -> bool:
     return not (info.bos_token and text.startswith(info.bos_token))
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A text that is tokenised on its own."""
+
+    text: str
+    add_special: bool
+    parse_special: bool
+
+
+async def prompt(
+    engine: Engine, messages: Sequence[Message], *, model: str, control: re.Pattern[str] | None
+) -> Part | tuple[int, ...]:
+    """The prompt as one text, or as token ids where messages hold control tokens as text.
+
+    A text is tokenised by the engine as it takes the request: asking for its tokens first would let the
+    request wait twice for the step that the engine is at.
+    """
+    if control is None or not any(control.search(message.content) for message in messages):
+        text = render(engine.info, messages, model=model)
+        return Part(text, add_special=adds_special(engine.info, text), parse_special=True)
+    return await _tokens_beside_written_ones(engine, messages, model=model, control=control)
+
+
 async def tokens(
     engine: Engine, messages: Sequence[Message], *, model: str, control: re.Pattern[str] | None
 ) -> tuple[int, ...]:
     """The prompt as token ids."""
-    if control is None or not any(control.search(message.content) for message in messages):
-        text = render(engine.info, messages, model=model)
-        bos = adds_special(engine.info, text)
-        return await _tokenize(engine, _Part(text, add_special=bos, parse_special=True))
-    return await _tokens_beside_written_ones(engine, messages, model=model, control=control)
+    found = await prompt(engine, messages, model=model, control=control)
+    return await _tokenize(engine, found) if isinstance(found, Part) else found
 
 
 async def _tokens_beside_written_ones(
@@ -89,7 +109,7 @@ async def _tokens_beside_written_ones(
     ]
     bos = adds_special(engine.info, text)
     parts = [
-        _Part(piece, add_special=bos and position == 0, parse_special=is_templates)
+        Part(piece, add_special=bos and position == 0, parse_special=is_templates)
         for position, (piece, is_templates) in enumerate(pieces)
     ]
     distinct = list(dict.fromkeys(parts))
@@ -99,16 +119,7 @@ async def _tokens_beside_written_ones(
     return tuple(itertools.chain.from_iterable(found[part] for part in parts))
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A text that is tokenised on its own."""
-
-    text: str
-    add_special: bool
-    parse_special: bool
-
-
-async def _tokenize(engine: Engine, part: _Part) -> tuple[int, ...]:
+async def _tokenize(engine: Engine, part: Part) -> tuple[int, ...]:
     return tuple(
         await engine.tokenize(part.text, add_special=part.add_special, parse_special=part.parse_special)
     )

@@ -164,9 +164,12 @@ class Usage:
     def begun(self) -> bool:
         return bool(self._written)
 
-    def wrote(self, index: int, n_tokens: int) -> None:
-        """A choice has more tokens."""
+    def wrote(self, index: int, n_tokens: int, *, n_prompt: int = 0) -> None:
+        """A choice has more tokens; `n_prompt`: those of its prompt, when the engine tells them now."""
         self._written[index] = self._written.get(index, 0) + n_tokens
+        number, choice = divmod(index, self._n_choices)
+        if n_prompt and choice == 0:
+            self._prompts[number] = n_prompt
 
     def ended(self, index: int, *, n_prompt: int, n_cached: int, n_completion: int) -> None:
         """A choice is complete; these numbers hold, whatever was counted before."""

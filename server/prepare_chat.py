@@ -11,6 +11,7 @@ from prompts.message import Message
 from prompts.template import Prompt
 from rag.collection import Passage
 from server import grounding
+from server.chat_prompt import Part
 from server.errors import BadRequest
 from server.grammar import JSON_OBJECT
 from server.json_schema import to_grammar
@@ -33,11 +34,13 @@ async def chat(roster: Roster, body: ChatRequest) -> Work:
     _check_chat(body)
     messages = _merged(body)
     passages: list[Passage] | None = None
-    if prompt := _prompt(roster, target, body):
-        messages, passages = await _prompted(body, prompt, messages, roster=roster, target=target)
-    tokens = await target.tokens(messages)
+    if file := _prompt(roster, target, body):
+        messages, passages = await _prompted(body, file, messages, roster=roster, target=target)
+    prompt = await target.chat_prompt(messages)
     request = GenerationRequest(
-        prompt=tokens,
+        prompt=prompt.text if isinstance(prompt, Part) else prompt,
+        add_special=not isinstance(prompt, Part) or prompt.add_special,
+        parse_special=isinstance(prompt, Part) and prompt.parse_special,
         sampling=sampling(target, body, grammar=_grammar(body)),
         max_tokens=_max_tokens(body, target),
         stop=stop_strings(body),

@@ -41,6 +41,10 @@ class Target:
     def max_tokens(self) -> int | None:
         return self.assistant.max_tokens if self.assistant else None
 
+    async def chat_prompt(self, messages: Sequence[Message]) -> chat_prompt.Part | tuple[int, ...]:
+        """The chat prompt of the messages, as the engine takes it."""
+        return await chat_prompt.prompt(self.engine, messages, model=self.name, control=self.plan.control)
+
     async def tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The chat prompt of the messages as token ids."""
         return await chat_prompt.tokens(self.engine, messages, model=self.name, control=self.plan.control)

@@ -8,6 +8,7 @@ from engine.prefix import PrefixTree
 from engine.scheduler import Scheduler
 from engine.sequence import Action, Begin, Chunk, Drop, Plan, Save, Sequence
 from engine.stash import Demote, Discard, State
+from engine.turns import Limits
 
 VOCABULARY = 7
 
@@ -27,10 +28,16 @@ class FakeModel:
     computed: dict[object, int] = field(default_factory=dict)  # id -> tokens computed for it
     numbers: itertools.count = field(default_factory=itertools.count)
 
-    def step(self, *, n_prompt: int | None = None, drafts: Mapping[Sequence, list[int]] | None = None):
+    def step(
+        self,
+        *,
+        n_prompt: int | None = None,
+        n_brief: int | None = None,
+        drafts: Mapping[Sequence, list[int]] | None = None,
+    ):
         """Admit, compute, write; the sequences that ended."""
         self.act(self.scheduler.admit())
-        plan = self.scheduler.plan(n_prompt=n_prompt, drafts=drafts)
+        plan = self.scheduler.plan(limits=Limits(n_prompt, n_brief), drafts=drafts)
         self.act(plan.actions)
         self.check_plan(plan, n_prompt)
         self.calls.append(plan.chunks)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from engine.fairness import FairQueue
+from engine.fairness import LATELY, FairQueue
 from engine.request import Tenant
 
 
@@ -111,3 +111,71 @@ def test_shares_count_who_wants_something_now():
     queue.remove(light)
     assert queue.share(HEAVY, 8) == 8
     assert (queue.n_waiting(HEAVY), queue.n_waiting(A)) == (1, 0)
+
+
+def running(queue: FairQueue, tenant: Tenant, count: int) -> list[Asked]:
+    asked = [Asked(tenant) for _ in range(count)]
+    for each in asked:
+        queue.add(each)
+        queue.started(each)
+    return asked
+
+
+def test_one_tenant_alone_is_never_over_its_share():
+    queue: FairQueue[Asked] = FairQueue()
+    asked = running(queue, A, 8)
+    queue.called()
+    assert not queue.is_over_share(asked[0], 8)
+
+
+def test_who_was_here_lately_has_a_share_of_what_runs():
+    queue: FairQueue[Asked] = FairQueue()
+    (guest,) = running(queue, B, 1)
+    queue.called()
+    queue.ended(guest)
+    flood = running(queue, A, 5)
+    queue.called()
+    assert queue.is_over_share(flood[0], 8)
+    queue.ended(flood[0])
+    assert not queue.is_over_share(flood[1], 8), "half of the places are its own"
+    running(queue, A, 1)
+    for _ in range(LATELY):
+        queue.called()
+    assert not queue.is_over_share(flood[1], 8), "nobody else came for long"
+
+
+def test_whose_weight_is_more_may_run_more():
+    queue: FairQueue[Asked] = FairQueue()
+    heavy, light = running(queue, HEAVY, 6), running(queue, A, 2)
+    queue.called()
+    assert not queue.is_over_share(heavy[0], 8)
+    assert not queue.is_over_share(light[0], 8)
+    running(queue, A, 1)
+    assert queue.is_over_share(light[0], 8)
+
+
+def test_one_place_is_everybodys_due():
+    queue: FairQueue[Asked] = FairQueue()
+    asked = [running(queue, Tenant(str(number)), 1)[0] for number in range(9)]
+    queue.called()
+    assert not any(queue.is_over_share(each, 2) for each in asked)
+
+
+def test_lower_priority_has_no_claim_on_what_higher_runs_on():
+    queue: FairQueue[Asked] = FairQueue()
+    urgent = running(queue, Tenant("urgent", priority=1), 4)
+    low = running(queue, A, 4)
+    queue.called()
+    assert not queue.is_over_share(urgent[0], 4)
+    assert queue.is_over_share(low[0], 4)
+
+
+def test_accounts_of_who_is_gone_are_forgotten_at_last():
+    queue: FairQueue[Asked] = FairQueue()
+    for number in range(100):
+        (asked,) = running(queue, Tenant(str(number)), 1)
+        queue.called()
+        queue.ended(asked)
+    for _ in range(LATELY + 1):
+        queue.called()
+    assert not queue._accounts

@@ -18,8 +18,11 @@ GREEDY = Sampling(temperature=0)
 class Flat(Pace):
     """Calls take the same time whatever they hold, so that every guess with a chance is worth making."""
 
-    def writing_s(self, n_tokens: int) -> float:
-        return 10.0 if n_tokens else 0.0
+    def writing_s(self, n_writing: int) -> float:
+        return 10.0 if n_writing else 0.0
+
+    def guessing_s(self, n_writing: int, n_guesses: int) -> float:
+        return self.writing_s(n_writing + n_guesses)
 
 
 @pytest.fixture

@@ -69,7 +69,9 @@ def test_text_is_what_the_tokens_say(make_loop, drain, model):
     assert answer.text == b"".join(model.piece(token) for token in answer.tokens).decode()
     assert answer.done.n_completion_tokens == 12
     assert answer.done.finish_reason == "length"
-    assert answer.done.n_prompt_tokens == len(model.tokenize("The capital of France is"))
+    n_prompt = len(model.tokenize("The capital of France is"))
+    assert answer.done.n_prompt_tokens == n_prompt
+    assert [delta.n_prompt_tokens for delta in answer.deltas] == [n_prompt, *[0] * 11], "told once, at first"
 
 
 def test_max_tokens_none_writes_until_the_context_is_full(make_loop, drain, model):

@@ -110,4 +110,5 @@ def test_a_failure_goes_out_at_once_as_an_error(make_wire):
 
 def test_log_probabilities_of_joined_text_stay_in_order():
     first, second = Delta("a", (1,), ("p",)), Delta("", (2,), ("q",))  # pyright: ignore[reportArgumentType]
+    assert Delta("a", (1,), (), 7).joined(second).n_prompt_tokens == 7
     assert first.joined(second) == Delta("a", (1, 2), ("p", "q"))  # pyright: ignore[reportArgumentType]

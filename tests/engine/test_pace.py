@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.pace import CAUTION, MIN_PROMPT, Luck, Pace
+from engine.pace import BRIEF, CAUTION, MIN_PROMPT, Luck, Pace
 
 
 def paced(*, stall: float | None = 0.25, **seconds: float) -> Pace:
@@ -40,6 +40,37 @@ def test_slower_calls_are_believed_sooner_than_faster_ones():
     faster = pace.n_prompt(1)
     assert faster is not None
     assert slower < faster < before
+
+
+def test_a_brief_call_is_a_part_of_the_stall_and_never_nothing():
+    pace = paced(n8=0.03, p50=0.25)
+    assert pace.n_brief() == int(CAUTION * BRIEF * 0.25 / 0.005)
+    assert paced(p32=9.0).n_brief() == MIN_PROMPT, "however slow the model"
+    assert Pace(max_stall_s=0.25).n_brief() == MIN_PROMPT, "nothing is known yet"
+    assert paced(stall=None, p50=0.25).n_brief() is None
+
+
+def test_what_guesses_take_is_not_what_as_many_sequences_take():
+    pace = paced(n8=0.030, n16=0.040)
+    assert pace.guessing_s(8, 8) == pytest.approx(0.040), "a hope, before any were made"
+    pace.learn(n_writing=8, n_prompt=0, n_guesses=8, seconds=0.090)
+    assert pace.guessing_s(8, 8) == pytest.approx(0.090)
+    assert pace.guessing_s(8, 4) == pytest.approx(0.060), "on a line from none"
+    assert pace.guessing_s(8, 0) == pace.writing_s(8)
+    assert pace.writing_s(16) == pytest.approx(0.040)
+    assert pace.guessing_s(4, 4) == pace.writing_s(8), "beside four sequences none were made"
+
+
+def test_guesses_that_took_long_are_given_up_and_tried_again_later():
+    pace = paced(n8=0.030, n16=0.031)
+    luck = lucky(pace, "a", right=True)
+    assert luck.worthwhile({"a": 8}, 8) == {"a": 8}
+    pace.learn(n_writing=8, n_prompt=0, n_guesses=8, seconds=0.300)
+    tries = 0
+    while not luck.worthwhile({"a": 8}, 8):
+        tries += 1
+        assert tries < 5000
+    assert tries > 50
 
 
 def test_times_between_known_ones_lie_on_a_line():

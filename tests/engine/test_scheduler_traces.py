@@ -102,7 +102,8 @@ class Trace:
                 wrong = self.chance.randint(0, 4)
                 drafts[each] = [token + (i == wrong) for i, token in enumerate(right)]
         n_prompt = self.chance.choice([None, 1, 4, 20])
-        self.model.step(n_prompt=n_prompt, drafts=drafts)
+        n_brief = self.chance.choice([None, 2, 8])
+        self.model.step(n_prompt=n_prompt, n_brief=n_brief, drafts=drafts)
         self.model.check_books()
 
     def check(self) -> None:

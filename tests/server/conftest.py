@@ -52,6 +52,7 @@ class FakeEngine:
         self.stall: asyncio.Event | None = None  # waited for before the first event
         self.pause: asyncio.Event | None = None  # waited for after the first event
         self.requests = []
+        self.read: list[tuple[int, ...]] = []  # the prompts of `requests` as tokens
         self.cancelled = 0
         self.alive = True
         self.pid = 1
@@ -74,8 +75,12 @@ class FakeEngine:
 
     async def submit(self, request):
         request.validate()
+        if isinstance(prompt := request.prompt, str):
+            special = {"add_special": request.add_special, "parse_special": request.parse_special}
+            prompt = await self.tokenize(prompt, **special)
         self.requests.append(request)
-        n_prompt = len(request.prompt)
+        self.read.append(tuple(prompt))
+        n_prompt = len(prompt)
         if n_prompt >= self.info.n_ctx:
             raise ContextOverflow(n_prompt, self.info.n_ctx)
         if self.fails:
@@ -85,7 +90,7 @@ class FakeEngine:
             if self.stall:
                 await self.stall.wait()
             for number, text in enumerate(self.says):
-                yield Delta(text, (1,), self._logprobs(request, text))
+                yield Delta(text, (1,), self._logprobs(request, text), n_prompt if number == 0 else 0)
                 if number == 0 and self.breaks:
                     raise self.breaks
                 if number == 0 and self.pause:
@@ -201,7 +206,7 @@ class House:
     def prompt(self) -> str:
         """The last prompt, its control tokens as ⟦ and ⟧."""
         marks = {256: "⟦", 257: "⟧"}
-        tokens = self.engine.requests[-1].prompt
+        tokens = self.engine.read[-1]
         text, plain = "", bytearray()
         for token in tokens:
             if token in marks:

@@ -116,6 +116,24 @@ def test_control_tokens_written_in_a_message_stay_text(house):
     assert house.prompt() == f"⟦user\n{written}⟧\n⟦assistant\n"
 
 
+def test_a_chat_is_tokenised_as_it_is_submitted(house):
+    submitted = []
+    submit = house.engine.submit
+
+    def noted(request):
+        submitted.append(request)
+        return submit(request)
+
+    house.engine.submit = noted
+    assert house.chat("Hi").status_code == 200
+    house.engine.info = replace(house.engine.info, bos_token="<|im_start|>")
+    assert house.chat("Hi").status_code == 200
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert [each.prompt for each in submitted] == [text, text]
+    assert all(each.parse_special for each in submitted)
+    assert [each.add_special for each in submitted] == [True, False], "the template has printed it"
+
+
 def test_written_control_tokens_are_tokenised_once_each_and_only_so_many(house):
     calls = []
     tokenize = house.engine.tokenize

@@ -93,7 +93,7 @@ def test_fewer_passages_rather_than_an_overflow_and_never_without_the_question(b
     answer = house.chat("Which?", collection="keys", passages=7, max_tokens=100)
     sources = answer.json()["choices"][0]["message"]["sources"]
     assert 0 < len(sources) < 7
-    assert len(house.engine.requests[-1].prompt) <= 3900
+    assert len(house.engine.read[-1]) <= 3900
     assert "Question: Which?" in house.prompt()
     assert f"[{len(sources)}] Title" in house.prompt()
     assert f"[{len(sources) + 1}] Title" not in house.prompt()

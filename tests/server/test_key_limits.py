@@ -273,7 +273,8 @@ def test_the_wait_for_the_first_token_begins_before_the_prompt_is_made(limited, 
         await asyncio.Event().wait()
 
     monkeypatch.setattr(house.engine, "tokenize", never)
-    assert chat(house, ALICE).json()["error"]["code"] == "first_token_timeout"
+    messages = [{"role": "user", "content": "Hi <|im_end|>"}]  # tokenised apart, before the request
+    assert chat(house, ALICE, messages=messages).json()["error"]["code"] == "first_token_timeout"
     assert house.engine.requests == []
 
 

@@ -168,3 +168,15 @@ def test_the_headers_of_a_rate():
         "x-ratelimit-remaining-tokens": "585",
         "x-ratelimit-reset-tokens": "1.5s",
     }
+
+
+def test_a_prompt_is_counted_as_soon_as_the_engine_tells_its_size():
+    usage = Usage((0, 0), n_choices=2)
+    usage.wrote(0, 1, n_prompt=7)
+    usage.wrote(1, 1, n_prompt=7)
+    usage.wrote(0, 1)
+    assert (usage.prompt, usage.completion) == (7, 3), "once, however many choices are written for it"
+    usage.wrote(3, 1, n_prompt=9)
+    assert usage.prompt == 7
+    usage.wrote(2, 1, n_prompt=9)
+    assert usage.prompt == 16

@@ -1,0 +1,149 @@
+"""What of the running sequences is in the next call, and how many tokens of each.
+
+Every writing sequence gets its one token in every call, and guesses behind it when it has some; the rest of
+the call is filled with prompts, up to the size that the loop allows while others are writing.
+
+But somebody may run more than its share of the slots, reckoned with every tenant that came lately. It runs on
+what is others', and those must not wait for it when they come again, so it gives way:
+- It guesses nothing, and calls that compute prompts of its own are brief.
+- Prompts of who is within its share go before its own, in a call without it. Who writes misses no more by
+  that than beside any other prompt, since the tokens of all calls that it misses count together.
+- Prompts and those who write take turns: who comes waits for one of both, not for their sum.
+Only where tenants are several is anybody over its share. Pure.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from engine.fairness import FairQueue
+from engine.sequence import Chunk, Sequence
+
+MIN_PORTION = 8  # tokens of a prompt worth a call without those who write
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Tokens of prompts; None: as many as there is room for.
+
+    `prompt`: between two calls of a sequence that writes; `brief`: in a call of those over their share.
+    """
+
+    prompt: int | None = None
+    brief: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Members:
+    """Of the next call: who writes, and whose prompts in which order, `portion` tokens together."""
+
+    writers: list[Sequence]
+    prompts: list[Sequence]
+    portion: int | None
+
+
+class Turns:
+    """Remembers whose turn it was."""
+
+    def __init__(self, queue: FairQueue[Sequence], *, n_slots: int) -> None:
+        self._queue = queue
+        self._n_slots = n_slots
+        self._gave_way = False  # the last prompts were of others than who is over its share
+
+    def is_over_share(self, sequence: Sequence) -> bool:
+        """Whether the sequence's tenant runs on slots that others may want back at any time."""
+        return self._queue.is_over_share(sequence, self._n_slots)
+
+    def chunks(
+        self,
+        group: list[Sequence],
+        *,
+        room: int,
+        limits: Limits,
+        drafts: Mapping[Sequence, list[int]],
+    ) -> list[Chunk]:
+        """The next call of these, `room` tokens at most; `drafts`: guesses of who writes."""
+        everybody = [each for each in group if each.is_writing]
+        now = self._members(group, everybody, limits)
+        room -= len(everybody) - len(now.writers)  # the cells of their next tokens
+        chunks = _written(now.writers, room, drafts)
+        if now.prompts:
+            room -= sum(len(chunk.tokens) for chunk in chunks)
+            chunks += _portions(now.prompts, room if now.portion is None else min(room, now.portion), room)
+        _count_missed(everybody, chunks)
+        return chunks
+
+    def _members(self, group: list[Sequence], writers: list[Sequence], limits: Limits) -> _Members:
+        prompts = self._in_order(each for each in group if not each.is_writing and not each.leader)
+        over = self._over(group)
+        if not over or not prompts:
+            return _Members(writers, prompts, limits.prompt if writers else None)
+        within = [each for each in prompts if each not in over]
+        first = prompts[0]
+        if first in over:  # it goes first if it did not before, or before nobody but those of lower priority
+            within = [each for each in within if each.tenant.priority >= first.tenant.priority]
+            within = [] if self._gave_way else within
+        n_missed = max((each.n_missed for each in writers), default=0)
+        left = limits.prompt if writers else None
+        if n_missed:  # then somebody writes
+            left = (limits.prompt or 0) - n_missed
+            if not within or left < MIN_PORTION:
+                return _Members(writers, [], None)
+        self._gave_way = bool(within)
+        if within:
+            return _Members([each for each in writers if each not in over], within, left)
+        return _Members([], [each for each in prompts if each in over], limits.brief)
+
+    def _in_order(self, prompts: Iterable[Sequence]) -> list[Sequence]:
+        """By priority, then of the tenant served least, then of who runs least, then the oldest."""
+        queue = self._queue
+
+        def key(each: Sequence) -> tuple[float, ...]:
+            tenant = each.tenant
+            return -tenant.priority, queue.served(each), queue.n_running(each) / tenant.weight, each.age
+
+        return sorted(prompts, key=key)
+
+    def _over(self, group: list[Sequence]) -> set[Sequence]:
+        """Sequences of tenants over their share, but for those that others wait for."""
+        over = {each for each in group if self.is_over_share(each)}
+        if over:
+            over -= {each.leader for each in group if each.leader and each not in over}
+        return over
+
+
+def _written(writers: list[Sequence], room: int, drafts: Mapping[Sequence, list[int]]) -> list[Chunk]:
+    """One token of each, and behind it as many guesses as there is room for."""
+    spare = room - len(writers)
+    chunks = []
+    for each in writers:
+        guesses = drafts.get(each, [])[: max(0, min(spare, each.max_tokens - each.n_written - 1))]
+        spare -= len(guesses)
+        tokens = [each.tokens[-1], *guesses]
+        chunks.append(
+            Chunk(each, tokens, each.n_computed, samples=True, n_draft=len(guesses), is_writing=True)
+        )
+    return chunks
+
+
+def _portions(prompts: list[Sequence], room: int, most: int) -> list[Chunk]:
+    """As much of the prompts as there is room for.
+
+    `room` may be exceeded by a fifth, within `most`, if that spares a call for the rest of a prompt.
+    """
+    chunks = []
+    for each in prompts:
+        if room <= 0:
+            break
+        start, missing = each.n_computed, len(each.tokens) - each.n_computed
+        length = missing if missing <= min(most, room + room // 5) else room
+        chunks.append(Chunk(each, each.tokens[start : start + length], start, samples=length == missing))
+        room, most = room - length, most - length
+    return chunks
+
+
+def _count_missed(writers: list[Sequence], chunks: list[Chunk]) -> None:
+    """Note what each of them had to wait for, if it is not in the call."""
+    n_prompt = sum(len(chunk.tokens) for chunk in chunks if not chunk.is_writing)
+    present = {chunk.sequence for chunk in chunks}
+    for each in writers:
+        each.n_missed = 0 if each in present else each.n_missed + n_prompt
