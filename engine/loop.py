@@ -204,15 +204,16 @@ class Loop:
 
     def _guess(self, writing: list[Sequence]) -> dict[Sequence, list[int]]:
         """Tokens worth checking along with each writing sequence's own: its own words, else a draft's."""
-        found = {each: self._writing[each.id].lookup.guess(each.tokens, MAX_GUESSES) for each in writing}
+        most = {each: min(MAX_GUESSES, each.n_behind_next) for each in writing}
+        found = {each: self._writing[each.id].lookup.guess(each.tokens, most[each]) for each in writing}
         quoted = {each: guesses for each, guesses in found.items() if guesses}
         if quoted:
             counts = self._within({each: len(guesses) for each, guesses in quoted.items()}, writing)
             return {each: quoted[each][:count] for each, count in counts.items()}
         if self.drafter is None:
             return {}
-        ready = self.drafter.ready(writing)
-        counts = self._within(dict.fromkeys(ready, MAX_GUESSES), writing, depth_s=self.drafter.call_s)
+        ready = self.drafter.ready([each for each in writing if most[each]])
+        counts = self._within({each: most[each] for each in ready}, writing, depth_s=self.drafter.call_s)
         return self.drafter.guess(counts) if counts else {}
 
     def _within(

@@ -329,7 +329,7 @@ class Scheduler:
         spare = room - len(writers)
         chunks = []
         for each in writers:
-            guesses = drafts.get(each, [])[: max(0, min(spare, each.max_tokens - each.n_written - 1))]
+            guesses = drafts.get(each, [])[: max(0, min(spare, each.n_behind_next))]
             spare -= len(guesses)
             tokens = [each.tokens[-1], *guesses]
             chunks.append(

@@ -42,6 +42,11 @@ class Sequence:
         return self.tokens[len(self.prompt) :]
 
     @property
+    def n_behind_next(self) -> int:
+        """Tokens that may be written behind the next one: more guesses than these are of no use."""
+        return self.max_tokens - self.n_written - 1
+
+    @property
     def is_writing(self) -> bool:
         """Whether all but the token written last has cells."""
         return len(self.tokens) - self.n_computed == 1 and len(self.tokens) > len(self.prompt)
