@@ -311,7 +311,7 @@ class Scheduler:
     def plan(
         self, *, n_prompt: int | None = None, drafts: Mapping[Sequence, list[int]] | None = None
     ) -> Plan:
-        """The next call; `n_prompt`: tokens of prompts that it may hold while somebody is writing."""
+        """The next call; `n_prompt`: tokens of prompts that it may hold while anybody is writing."""
         actions: list[Action] = []
         group = self._with_cells(self._group(), actions)
         cells = self.held.cells
@@ -319,7 +319,8 @@ class Scheduler:
         chunks = self._writers(group, room, drafts or {})
         if len(chunks) < len(group):
             room -= sum(len(chunk.tokens) for chunk in chunks)
-            soft = n_prompt if chunks else None
+            # Who writes with other adapters waits for the end of this call too.
+            soft = n_prompt if any(each.is_writing for each in self.running) else None
             self._add_prompts(chunks, group, room if soft is None else min(room, soft), room)
         return Plan(chunks, actions, group[0].adapters if group else ())
 
@@ -361,9 +362,10 @@ class Scheduler:
             self._turns.clear()
             return running
         sets = list(dict.fromkeys(each.adapters for each in running))
-        chosen = min(sets, key=lambda adapters: self._turns.get(adapters, 0))
-        self._turns = {each: self._turns.get(each, 0) for each in sets}
-        self._turns[chosen] = max(self._turns.values()) + 1
+        newest = max(self._turns.values(), default=0)  # who comes, or comes back, is behind those that wait
+        self._turns = {each: self._turns.get(each, newest) for each in sets}
+        chosen = min(sets, key=self._turns.__getitem__)
+        self._turns[chosen] = newest + 1
         return [each for each in running if each.adapters == chosen]
 
     def _with_cells(self, group: list[Sequence], actions: list[Action]) -> list[Sequence]:

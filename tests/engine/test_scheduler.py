@@ -374,6 +374,35 @@ def test_adapters_take_turns_and_nobody_starves():
     run(model)
 
 
+def test_adapters_that_come_and_go_do_not_push_in():
+    model = fake(n_slots=3, n_batch=64)
+    stays = Sequence("stays", prompt(5), max_tokens=30, adapters="a")
+    model.scheduler.add(stays)
+    turns = []
+    for turn in range(60):
+        if len(model.scheduler.queue) < 3:
+            name = "bc"[turn % 2]
+            model.scheduler.add(Sequence(turn, prompt(3, start=turn), max_tokens=1, adapters=name))
+        model.step()
+        turns.append(model.calls[-1][0].sequence.adapters)
+    longest = max(len(others) for others in "".join(turns).split("a"))
+    assert longest <= 2, "two others are between two turns at most"
+
+
+def test_who_writes_holds_up_the_prompts_of_other_adapters_too():
+    model = fake(n_slots=2, n_batch=64)
+    writer = Sequence("writer", prompt(5), max_tokens=30, adapters="a")
+    model.scheduler.add(writer)
+    model.step()
+    model.scheduler.add(Sequence("long", prompt(40, start=1), max_tokens=1, adapters="b"))
+    for _ in range(8):
+        model.step(n_prompt=5)
+        assert all(len(chunk.tokens) <= 6 for chunk in model.calls[-1])
+    model.scheduler.release(writer)
+    model.step(n_prompt=5)
+    assert len(model.calls[-1][0].tokens) > 6, "now nobody waits for the call's end"
+
+
 def test_right_guesses_are_written_in_one_call_and_wrong_ones_leave_no_trace():
     model = fake(n_batch=64)
     sequence = Sequence("a", (1, 2), max_tokens=9)
