@@ -9,6 +9,7 @@ starts level with those that are busy: nobody saves up. Within a tenant it is fi
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 from typing import Generic, Protocol, TypeVar
 
 
@@ -84,7 +85,7 @@ class FairQueue(Generic[W]):
         """A request will not run."""
         account = self._account(request.tenant)
         account.waiting.remove(request)
-        self._forget(account)
+        self._forget()
 
     def ready(self) -> list[W]:
         """The first request of every tenant that may run one, the most deserving tenant first."""
@@ -104,7 +105,7 @@ class FairQueue(Generic[W]):
         """A running request does not run any more."""
         account = self._account(request.tenant)
         account.n_running -= 1
-        self._forget(account)
+        self._forget()
 
     def charge(self, request: W, n_tokens: int) -> None:
         """Tokens were computed for a request."""
@@ -138,10 +139,9 @@ class FairQueue(Generic[W]):
             account = self._accounts[tenant.name] = Account(tenant)
         return account
 
-    def _forget(self, account: Account[W]) -> None:
+    def _forget(self) -> None:
         """Accounts of who is gone are kept only while they say more than a newcomer's would."""
-        if account.is_active:
-            return
-        busy = [each.served for each in self._accounts.values() if each.is_active]
-        if not busy or account.served <= min(busy):
-            del self._accounts[account.tenant.name]
+        least = min((each.served for each in self._accounts.values() if each.is_active), default=inf)
+        self._accounts = {
+            name: each for name, each in self._accounts.items() if each.is_active or each.served > least
+        }

@@ -21,6 +21,12 @@ def serve(queue: FairQueue, n_tokens: int) -> Asked:
     return request
 
 
+def start(queue: FairQueue, *requests: Asked) -> None:
+    for request in requests:
+        queue.add(request)
+        queue.started(request)
+
+
 A, B, HEAVY = Tenant("a"), Tenant("b"), Tenant("heavy", weight=3.0)
 
 
@@ -68,6 +74,36 @@ def test_a_pause_does_not_wipe_out_what_one_was_served():
     first = queue.ready()[0]
     assert first.tenant is B
     serve(queue, 10)
+
+
+def test_a_long_pause_wipes_it_out_once_nobody_else_is_busy_or_all_have_caught_up():
+    queue: FairQueue[Asked] = FairQueue()
+    much, little = Asked(A), Asked(B)
+    start(queue, much, little)
+    queue.charge(much, 3000)
+    queue.charge(little, 50)
+    queue.ended(much)
+    assert queue.served(much) == 3000, "the other one is behind"
+    queue.ended(little)
+    third = Asked(HEAVY)
+    start(queue, third)
+    queue.charge(third, 300)
+    queue.add(Asked(A))
+    assert queue.served(much) == 100, "level with who is busy, whatever was long ago"
+
+
+def test_an_account_goes_when_those_that_are_busy_have_passed_it():
+    queue: FairQueue[Asked] = FairQueue()
+    first, second = Asked(A), Asked(B)
+    start(queue, first, second)
+    queue.charge(first, 300)
+    queue.charge(second, 50)
+    queue.ended(first)
+    queue.charge(second, 400)
+    more = Asked(HEAVY)
+    queue.add(more)
+    queue.remove(more)
+    assert "a" not in queue._accounts
 
 
 def test_priority_goes_before_weight():
