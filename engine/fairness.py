@@ -50,6 +50,11 @@ class Account(Generic[W]):
         return bool(self.waiting or self.n_running)
 
     @property
+    def rank(self) -> tuple[float, float, float]:
+        """Priority, else tokens served, else what runs; the smallest goes first."""
+        return -self.tenant.priority, self.served, self.n_running / self.tenant.weight
+
+    @property
     def may_run(self) -> bool:
         """Whether its own limit lets another one run."""
         limit = self.tenant.max_running
@@ -90,10 +95,11 @@ class FairQueue(Generic[W]):
     def ready(self) -> list[W]:
         """The first request of every tenant that may run one, the most deserving tenant first."""
         accounts = [each for each in self._accounts.values() if each.waiting and each.may_run]
-        accounts.sort(
-            key=lambda each: (-each.tenant.priority, each.served, each.n_running / each.tenant.weight)
-        )
-        return [account.waiting[0] for account in accounts]
+        return [account.waiting[0] for account in sorted(accounts, key=lambda account: account.rank)]
+
+    def rank(self, request: W) -> tuple[float, float, float]:
+        """How deserving a request is, waiting or running; the smallest goes first."""
+        return self._account(request.tenant).rank
 
     def started(self, request: W) -> None:
         """A request of `ready` runs now."""

@@ -339,12 +339,17 @@ class Scheduler:
         return chunks
 
     def _add_prompts(self, chunks: list[Chunk], group: list[Sequence], room: int, most: int) -> None:
-        """Fill the call with prompts: by priority, then of the tenant served least, then the oldest.
+        """Fill the call with prompts: in the queue's order, then the oldest; a leader before its followers.
 
         `room` may be exceeded by a fifth, within `most`, if that spares a call for the rest of a prompt.
         """
-        served = self.queue.served
-        for each in sorted(group, key=lambda each: (-each.tenant.priority, served(each), each.age)):
+        ranks = {each: (*self.queue.rank(each), each.age) for each in group}
+        for each in group:  # who waits for a leader lends it its own rank
+            leader = each.leader
+            while leader is not None and leader in ranks:
+                ranks[leader] = min(ranks[leader], ranks[each])
+                leader = leader.leader
+        for each in sorted(group, key=ranks.__getitem__):
             if room <= 0:
                 return
             if each.is_writing or each.leader:

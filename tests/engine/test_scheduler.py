@@ -105,6 +105,23 @@ def test_followers_of_a_failed_leader_compute_it_all():
     assert model.computed[1] == 101
 
 
+def test_who_waits_for_a_prompt_of_lower_priority_lends_it_its_own():
+    model = fake(n_slots=4, n_batch=16, n_ctx=256)
+    urgent = Tenant("urgent", priority=1)
+    low = Sequence("low", (*prompt(100), 1), max_tokens=1)
+    model.scheduler.add(low)
+    model.step()
+    follower = Sequence("follower", (*prompt(100), 2), max_tokens=1, tenant=urgent)
+    model.scheduler.add(follower)
+    for i in range(30):
+        if len(model.scheduler.running) < 4:
+            model.scheduler.add(Sequence(i, prompt(120, start=1 + i), max_tokens=1, tenant=urgent))
+        model.step()
+    assert follower.n_written == 1
+    run(model)
+    assert model.computed["follower"] == 1
+
+
 def test_a_short_common_start_is_not_waited_for():
     model = fake(n_slots=2, n_batch=256, n_ctx=256)
     common = prompt(MIN_SHARED - 1)
