@@ -196,9 +196,8 @@ class Loop:
 
     def _act(self, actions: Iterable[Action]) -> None:
         """Bring native memory to what the scheduler decided; what could not be brought is computed."""
-        for sequence, slot in self.hands.act(actions):
-            if sequence.slot == slot:  # else it has made way meanwhile, and begins anew later
-                self._act(self.scheduler.lost(sequence))
+        for begin in self.hands.act(actions):
+            self._act(self.scheduler.lost(begin))
 
     # A call
 

@@ -25,7 +25,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from engine.fairness import Charged, FairQueue
 from engine.holdings import Costs, Holdings, Source
 from engine.prefix import common_prefix
-from engine.sequence import Action, Chunk, Plan, Sequence, Slot
+from engine.sequence import Action, Begin, Chunk, Plan, Sequence, Slot
 from engine.stash import State
 
 MIN_SHARED = 32  # tokens worth waiting for until another sequence has computed them
@@ -153,14 +153,20 @@ class Scheduler:
         sequence.tokens.append(token)
         return sequence.n_written < sequence.max_tokens
 
-    def lost(self, sequence: Sequence) -> list[Action]:
-        """What a sequence should have begun with did not come: all is to be computed."""
-        assert sequence.slot is not None
+    def lost(self, begin: Begin) -> list[Action]:
+        """What a sequence should have begun with did not come: all is to be computed.
+
+        A state that did not come never will: while it is believed in, nobody saves these tokens again.
+        """
         actions: list[Action] = []
-        self.held.drop(sequence.slot, actions)
-        sequence.n_computed = 0
-        if not sequence.n_written:
-            sequence.n_cached = 0
+        sequence = begin.sequence
+        if isinstance(begin.source, State):
+            self.held.discard(begin.source, actions)
+        if sequence.slot == begin.slot:  # else it has made way meanwhile, and begins anew later
+            self.held.drop(begin.slot, actions)
+            sequence.n_computed = 0
+            if not sequence.n_written:
+                sequence.n_cached = 0
         return actions
 
     # Who runs
@@ -270,6 +276,8 @@ class Scheduler:
         n_running = len(self.running)
         shared = length if isinstance(source, int) else 0
         needed = len(sequence.tokens) - shared + GROWTH * n_running
+        if isinstance(source, State):
+            needed = max(needed, source.length)  # it comes whole before it is cut
         return self.held.make_room(needed, actions, keep=source) or not n_running
 
     def _began(self, sequence: Sequence, length: int) -> None:

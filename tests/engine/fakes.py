@@ -65,7 +65,10 @@ class FakeModel:
             assert length == 0
             cells: list[Cell] = []
         elif isinstance(source, State):
-            cells = [(token, next(self.numbers)) for token in self.states[source][:length]]
+            # All of it is brought, and cut then.
+            self.slots[slot] = [(token, next(self.numbers)) for token in self.states[source]]
+            self.check_room()
+            cells = self.slots[slot][:length]
         else:
             cells = self.slots[source][:length]
             if source != slot and self.n_cells is None:

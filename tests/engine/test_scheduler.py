@@ -5,7 +5,7 @@ import pytest
 from engine.holdings import MIN_SAVED, Costs
 from engine.request import Tenant
 from engine.scheduler import MIN_MOVED, MIN_SHARED, PATIENCE
-from engine.sequence import Sequence
+from engine.sequence import Begin, Sequence
 from engine.stash import State
 from tests.engine.fakes import VOCABULARY, FakeModel, fake, prompt, run
 
@@ -349,6 +349,22 @@ def test_what_a_slot_gives_up_comes_back_from_memory():
     assert model.computed["again"] == 1
 
 
+def test_a_state_comes_back_whole_before_it_is_cut():
+    model = fake(n_slots=3, n_batch=256, n_ctx=1000, n_cells=1000, ram_bytes=10**6)
+    run(model, Sequence("long", prompt(900), max_tokens=1))
+    run(model, Sequence("other", prompt(950, start=1), max_tokens=1))
+    assert [len(tokens) for tokens in model.states.values()] == [900]
+    busy = Sequence("busy", prompt(450, start=2), max_tokens=60)
+    model.scheduler.add(busy)
+    model.step()
+    part = Sequence("part", (*prompt(200), 7), max_tokens=1)
+    model.scheduler.add(part)
+    for _ in range(3):
+        model.step()
+    run(model)
+    assert part.n_cached == 200
+
+
 def test_the_end_leaves_prefixes_for_the_next_process():
     model = fake(n_slots=2, n_batch=256, n_ctx=256, ram_bytes=10**6, disk_bytes=10**6)
     run(model, Sequence("a", prompt(100), max_tokens=1))
@@ -370,11 +386,17 @@ def test_what_did_not_come_is_computed():
     run(model, Sequence("b", prompt(100, start=1), max_tokens=1))
     again = Sequence("again", (*prompt(100), 7), max_tokens=3)
     model.scheduler.add(again)
-    model.act(model.scheduler.admit())
-    model.act(model.scheduler.lost(again))
+    actions = model.scheduler.admit()
+    model.act(actions)
+    (begin,) = (each for each in actions if isinstance(each, Begin))
+    assert isinstance(begin.source, State)
+    model.act(model.scheduler.lost(begin))
+    assert begin.source not in model.states, "it would be believed in again"
     run(model)
     assert again.n_cached == 0
     assert model.computed["again"] == 101 + 2
+    run(model, Sequence("c", prompt(100, start=2), max_tokens=1))
+    assert again.tokens[:103] in model.states.values(), "what it computed is saved"
 
 
 # Adapters and guesses
