@@ -71,7 +71,7 @@ class Holdings:
         actions: list[Action] = []
         if not self.stash.budgets["disk"]:
             return actions
-        for index in sorted(range(len(self.slots)), key=lambda index: self.slots[index].last_used):
+        for index in sorted(range(len(self.slots)), key=self._last_used):
             self._rescue(index, actions)
         actions += self._forgotten(self.stash.empty("ram"))
         return actions
@@ -94,7 +94,7 @@ class Holdings:
                 break
             for holder in match.holders:
                 assert isinstance(holder, int | State)
-                if self._can_be_cut(holder, match.length):
+                if self._can_be_cut(holder, match.length) and self._can_come(holder):
                     value = match.length - self.cost(holder)
                     if value > gain or (value == gain and value and isinstance(holder, int)):
                         best, gain = (holder, match.length), value
@@ -175,19 +175,36 @@ class Holdings:
         actions.append(Drop(index))
 
     def make_room(self, needed: int, actions: list[Action], *, keep: Source = None) -> bool:
-        """Drop idle slots of a unified memory, the longest unused first, until `needed` cells are free."""
-        while self.cells is not None and self.cells.n_free < needed:
-            idle = [
-                index
-                for index, slot in enumerate(self.slots)
-                if slot.sequence is None and slot.tokens and index != keep
-            ]
-            if not idle:
-                return False
-            index = min(idle, key=lambda index: self.slots[index].last_used)
-            self._rescue(index, actions)
-            self.drop(index, actions)
+        """Drop idle slots of a unified memory, the longest unused first, until `needed` cells are free.
+
+        None of them if all would not do.
+        """
+        if self.cells is None or self.cells.n_free >= needed:
+            return True
+        if self.n_available(keep=keep) < needed:
+            return False
+        for index in sorted(self._idle(keep), key=self._last_used):
+            if self.cells.n_free < needed:
+                self._rescue(index, actions)
+                self.drop(index, actions)
         return True
+
+    def n_available(self, *, keep: Source = None, also: Iterable[int] = ()) -> int:
+        """Cells of a unified memory that are free, or would be if idle slots but `keep`, and `also`, went."""
+        assert self.cells is not None
+        return self.cells.n_free + self.cells.n_alone({*self._idle(keep), *also} - {keep})
+
+    def _idle(self, keep: Source) -> set[int]:
+        """Idle slots that hold something, but for `keep`."""
+        return {
+            index
+            for index, slot in enumerate(self.slots)
+            if slot.sequence is None and slot.tokens and index != keep
+        }
+
+    def _last_used(self, index: int) -> int:
+        """Which of idle slots gives way first: the smallest."""
+        return self.slots[index].last_used
 
     def _rescue(self, index: int, actions: list[Action], *, n_kept: int = 0) -> None:
         """A slot will lose all but `n_kept` tokens: save it if what only it holds of them is much."""
@@ -202,6 +219,12 @@ class Holdings:
         held = len(holder.tokens if isinstance(holder, State) else self.slots[holder].tokens)
         return held < self.n_window or held <= length
 
+    def _can_come(self, holder: int | State) -> bool:
+        """Whether cells for all of a state are there: it comes whole, however little of it is wanted."""
+        if self.cells is None or isinstance(holder, int) or holder.length <= self.cells.n_free:
+            return True
+        return holder.length <= self.n_available()
+
     def _target(self, free: list[int], source: Source, length: int) -> int:
         """The idle slot that holds most of it already, else the one whose tokens were used longest ago.
 
@@ -214,7 +237,7 @@ class Holdings:
         if self.cells is None and busy:
             others = [index for index in others if busy[0] - 1 <= index <= busy[-1] + 1] or others
         empty = [index for index in others if not self.slots[index].tokens]
-        return empty[0] if empty else min(others, key=lambda index: self.slots[index].last_used)
+        return empty[0] if empty else min(others, key=self._last_used)
 
     def _forgotten(self, gone: Iterable[Action]) -> list[Action]:
         done = list(gone)

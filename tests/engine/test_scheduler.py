@@ -324,6 +324,19 @@ def test_idle_slots_give_way_before_anybody_who_runs():
     assert model.scheduler.n_preempted == 0
 
 
+def test_idle_prefixes_stay_when_all_of_them_would_not_do():
+    model = fake(n_slots=4, n_batch=512, n_ctx=400, n_cells=400)
+    run(model, Sequence("old", prompt(100), max_tokens=1))
+    busy = Sequence("busy", prompt(150, start=1), max_tokens=40)
+    model.scheduler.add(busy)
+    model.step()
+    model.scheduler.add(Sequence("large", prompt(300, start=2), max_tokens=1))
+    model.step()
+    assert len(model.scheduler.queue) == 1
+    assert sorted(len(slot.tokens) for slot in model.scheduler.slots) == [0, 0, 100, 151]
+    run(model)
+
+
 def test_one_that_fills_the_whole_memory_gets_there():
     model = fake(n_slots=3, n_batch=64, n_ctx=200, n_cells=200, ram_bytes=10**6)
     long = Sequence("long", prompt(100), max_tokens=100)
@@ -350,7 +363,7 @@ def test_what_a_slot_gives_up_comes_back_from_memory():
 
 
 def test_a_state_comes_back_whole_before_it_is_cut():
-    model = fake(n_slots=3, n_batch=256, n_ctx=1000, n_cells=1000, ram_bytes=10**6)
+    model = fake(n_slots=3, n_batch=1000, n_ctx=1000, n_cells=1000, ram_bytes=10**6)
     run(model, Sequence("long", prompt(900), max_tokens=1))
     run(model, Sequence("other", prompt(950, start=1), max_tokens=1))
     assert [len(tokens) for tokens in model.states.values()] == [900]
@@ -359,10 +372,12 @@ def test_a_state_comes_back_whole_before_it_is_cut():
     model.step()
     part = Sequence("part", (*prompt(200), 7), max_tokens=1)
     model.scheduler.add(part)
-    for _ in range(3):
-        model.step()
+    model.step()
+    assert (part.n_written, part.n_cached) == (1, 0), "it does not wait for that"
     run(model)
-    assert part.n_cached == 200
+    whole = Sequence("whole", (*prompt(900), 7), max_tokens=1)
+    run(model, whole)
+    assert whole.n_cached == 900
 
 
 def test_the_end_leaves_prefixes_for_the_next_process():
