@@ -94,7 +94,8 @@ class Holdings:
                 break
             for holder in match.holders:
                 assert isinstance(holder, int | State)
-                if self._can_be_cut(holder, match.length) and self._can_come(holder):
+                can_come = holder is sequence.state or self._can_come(holder)
+                if can_come and self._can_be_cut(holder, match.length):
                     value = match.length - self.cost(holder)
                     if value > gain or (value == gain and value and isinstance(holder, int)):
                         best, gain = (holder, match.length), value

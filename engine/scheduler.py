@@ -178,7 +178,7 @@ class Scheduler:
             for each in self._by_age():
                 if each.leader and self._may_join(each):
                     self._join(each, actions)
-        while (sequence := self._next(actions)) is not None:
+        while (sequence := self._next()) is not None:
             if not self._place(sequence, actions):
                 break
         if self.held.cells is None:
@@ -204,7 +204,7 @@ class Scheduler:
             self.held.move(mover, gaps[0], actions)
             gaps = self._gaps()
 
-    def _next(self, actions: list[Action]) -> Sequence | None:
+    def _next(self) -> Sequence | None:
         """The request that deserves a slot most, if there is one for it."""
         if not len(self.queue):
             return None
@@ -213,16 +213,12 @@ class Scheduler:
             return None
         if any(slot.sequence is None for slot in self.slots):
             return ready[0]
-        for candidate in ready:
-            victim = self._less_deserving(candidate)
-            if victim is not None:
-                self._preempt(victim, actions)
-                return candidate
-        return None
+        return next((each for each in ready if self._less_deserving(each) is not None), None)
 
-    def _less_deserving(self, candidate: Sequence) -> Sequence | None:
-        """Who makes way for a request: lower priority, else a tenant that runs more than its share."""
-        running, queue, n_slots = self.running, self.queue, len(self.slots)
+    def _less_deserving(self, candidate: Sequence, gone: Iterable[Sequence] = ()) -> Sequence | None:
+        """Who makes way for a request, after those `gone`: lower priority, else a tenant over its share."""
+        running = [each for each in self.running if each not in gone]
+        queue, n_slots = self.queue, len(self.slots)
         priority = candidate.tenant.priority
         lower = [each for each in running if each.tenant.priority < priority]
         if lower:
@@ -233,7 +229,8 @@ class Scheduler:
             each
             for each in running
             if each.tenant.priority == priority
-            and queue.n_running(each) > max(1.0, queue.share(each.tenant, n_slots))
+            and queue.n_running(each) - sum(other.tenant.name == each.tenant.name for other in gone)
+            > max(1.0, queue.share(each.tenant, n_slots))
         ]
         return max(over, key=lambda each: (queue.served(each), each.age), default=None)
 
@@ -254,11 +251,19 @@ class Scheduler:
     # What it begins with
 
     def _place(self, sequence: Sequence, actions: list[Action]) -> bool:
-        """Give a waiting sequence a slot and the best prefix there is; False when cells are short."""
+        """Give a waiting sequence a slot and the best prefix there is; False when cells are short.
+
+        Nobody makes way unless it fits then.
+        """
         source, length = self.held.source(sequence)
+        victims = self._making_way(sequence, source, length)
+        if victims is None:
+            return False
         was_pinned = isinstance(source, State) and source.pinned
         if isinstance(source, State):
             source.pinned = True  # it must not give way to what gives way here
+        for victim in victims:
+            self._preempt(victim, actions)
         if fits := self._has_room(sequence, source, length, actions):
             self.queue.started(sequence)
             self.held.take(sequence, source, length, actions)
@@ -271,14 +276,45 @@ class Scheduler:
             self.held.discard(state, actions)
         return fits
 
+    def _making_way(self, sequence: Sequence, source: Source, length: int) -> list[Sequence] | None:
+        """Those whose slot or cells a request needs; None if there are too few that deserve them less."""
+        gone: list[Sequence] = []
+        needs_slot = all(slot.sequence is not None for slot in self.slots)
+        while needs_slot or not self._would_fit(sequence, source, length, gone):
+            victim = self._less_deserving(sequence, gone)
+            if victim is None:
+                return None
+            gone.append(victim)
+            needs_slot = False
+        return gone
+
+    def _would_fit(self, sequence: Sequence, source: Source, length: int, gone: list[Sequence]) -> bool:
+        """Whether there were cells enough without those `gone`, and without all that is idle."""
+        beside = [each for each in self.running if each not in gone]
+        if self.held.cells is None or not beside:
+            return True
+        slots = [each.slot for each in gone if each.slot is not None]
+        return self._needed(sequence, source, length, beside) <= self.held.n_available(
+            keep=source, also=slots
+        )
+
     def _has_room(self, sequence: Sequence, source: Source, length: int, actions: list[Action]) -> bool:
-        """Whether the sequence fits beside those that run, and they can go on for a while."""
-        n_running = len(self.running)
+        """Make room for the sequence; whether there is."""
+        needed = self._needed(sequence, source, length, self.running)
+        return self.held.make_room(needed, actions, keep=source) or not self.running
+
+    def _needed(self, sequence: Sequence, source: Source, length: int, beside: list[Sequence]) -> int:
+        """Free cells that it takes to begin, so that it and those `beside` can go on for a while.
+
+        Whoever is still reading its prompt will fill cells too, but for those that its leader fills.
+        """
         shared = length if isinstance(source, int) else 0
-        needed = len(sequence.tokens) - shared + GROWTH * n_running
-        if isinstance(source, State):
-            needed = max(needed, source.length)  # it comes whole before it is cut
-        return self.held.make_room(needed, actions, keep=source) or not n_running
+        leader, n_shared = self._leader(sequence, length)
+        if leader is not None and leader in beside:
+            shared += n_shared - length
+        needed = len(sequence.tokens) - shared + sum(GROWTH + each.n_unread for each in beside)
+        # A state comes whole before it is cut.
+        return max(needed, source.length) if isinstance(source, State) else needed
 
     def _began(self, sequence: Sequence, length: int) -> None:
         sequence.n_computed = length
@@ -287,17 +323,21 @@ class Scheduler:
 
     def _follow(self, sequence: Sequence, length: int) -> None:
         """Find an older prompt, still being computed, that will hold more of this one than `length`."""
-        sequence.leader = None
-        sequence.n_shared = length + max(MIN_SHARED - 1, self.held.costs.copy)
+        sequence.leader, sequence.n_shared = self._leader(sequence, length)
+
+    def _leader(self, sequence: Sequence, length: int) -> tuple[Sequence | None, int]:
+        """Whom to follow, and how many tokens of it."""
+        leader, n_shared = None, length + max(MIN_SHARED - 1, self.held.costs.copy)
         if not self.held.share_prefixes or self.held.n_window:
-            return
+            return leader, n_shared
         for older in self._by_age():
             if older is sequence:
-                return
+                break
             if older.leader is None and not older.is_writing and older.namespace == sequence.namespace:
                 shared = common_prefix(older.tokens, sequence.tokens[:-1])
-                if shared > sequence.n_shared:
-                    sequence.leader, sequence.n_shared = older, shared
+                if shared > n_shared:
+                    leader, n_shared = older, shared
+        return leader, n_shared
 
     def _may_join(self, sequence: Sequence) -> bool:
         """Whether the leader has computed the common part, or has ended before."""

@@ -349,6 +349,62 @@ def test_one_that_fills_the_whole_memory_gets_there():
     assert long.n_written == 100
 
 
+def in_short_memory(*lengths: int) -> tuple[FakeModel, list[Sequence]]:
+    """1,000 cells, and running requests of low priority that have computed so much."""
+    model = fake(n_slots=4, n_batch=1000, n_ctx=1000, n_cells=1000, ram_bytes=10**6)
+    low = [Sequence(i, prompt(length, start=i), max_tokens=20) for i, length in enumerate(lengths)]
+    for each in low:
+        model.scheduler.add(each)
+    model.step()
+    return model, low
+
+
+def urgently(length: int) -> Sequence:
+    return Sequence("urgent", prompt(length, start=9), max_tokens=2, tenant=Tenant("urgent", priority=1))
+
+
+def test_priority_takes_cells_even_if_a_slot_is_free():
+    model, (low,) = in_short_memory(700)
+    urgent = urgently(450)
+    model.scheduler.add(urgent)
+    model.step()
+    assert (low.slot, urgent.n_written) == (None, 1)
+    run(model)
+    assert model.computed[low.id] == 700 + 19
+
+
+def test_as_many_make_way_as_it_takes():
+    model, low = in_short_memory(400, 300, 200)
+    urgent = urgently(400)
+    model.scheduler.add(urgent)
+    model.step()
+    assert [each.slot is None for each in low] == [False, True, True], "the youngest"
+    assert urgent.n_written == 1
+    run(model)
+
+
+def test_nobody_makes_way_for_what_would_not_fit_all_the_same():
+    model, low = in_short_memory(50, 50)
+    first = Sequence("first", prompt(600, start=5), max_tokens=20, tenant=Tenant("urgent", priority=1))
+    second = Sequence("second", prompt(50, start=6), max_tokens=20, tenant=Tenant("urgent", priority=1))
+    for each in (first, second):
+        model.scheduler.add(each)
+    model.step()
+    assert len(model.scheduler.running) == 4
+    model.scheduler.add(urgently(450))
+    model.step()
+    assert model.scheduler.n_preempted == 0
+    run(model)
+    assert all(each.n_written == 20 for each in low)
+
+
+def test_what_others_have_yet_to_read_is_reckoned_with():
+    model = fake(n_slots=8, n_batch=64, n_ctx=1000, n_cells=1000)
+    run(model, *(Sequence(i, prompt(400, start=i), max_tokens=50) for i in range(8)))
+    assert model.scheduler.n_preempted == 0
+    assert sum(model.computed.values()) == 8 * (400 + 49)
+
+
 # Prefixes outside of the slots
 
 
