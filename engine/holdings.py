@@ -23,6 +23,7 @@ class Costs:
     """What it takes to bring a prefix, in tokens that could be computed meanwhile."""
 
     copy: int = 0  # from another slot
+    copied: float = 0.0  # each token that the other slot holds: all of it is saved and restored
     restore: int = 16  # from host memory
     load: int = 64  # from disk
 
@@ -96,16 +97,18 @@ class Holdings:
                 assert isinstance(holder, int | State)
                 can_come = holder is sequence.state or self._can_come(holder)
                 if can_come and self._can_be_cut(holder, match.length):
-                    value = match.length - self.cost(holder)
+                    value = match.length - self.cost(holder, match.length)
                     if value > gain or (value == gain and value and isinstance(holder, int)):
                         best, gain = (holder, match.length), value
         return best
 
-    def cost(self, holder: int | State) -> int:
-        """Of bringing a prefix from there, in tokens."""
+    def cost(self, holder: int | State, length: int) -> int:
+        """Of bringing so many tokens from there, in tokens."""
         if isinstance(holder, State):
             return self.costs.restore if holder.tier == "ram" else self.costs.load
-        return 0 if self.slots[holder].sequence is None else self.costs.copy
+        if self.slots[holder].sequence is None and self._is_mostly(holder, length):
+            return 0  # the slot itself is taken
+        return self.costs.copy + int(self.costs.copied * len(self.slots[holder].tokens))
 
     def begin(self, sequence: Sequence, source: Source, length: int, actions: list[Action]) -> None:
         """Let a sequence's slot hold what it is given, and nothing else."""
@@ -226,12 +229,16 @@ class Holdings:
             return True
         return holder.length <= self.n_available()
 
+    def _is_mostly(self, index: int, length: int) -> bool:
+        """Whether that is at least half of what a slot holds."""
+        return 2 * length >= len(self.slots[index].tokens)
+
     def _target(self, free: list[int], source: Source, length: int) -> int:
         """The idle slot that holds most of it already, else the one whose tokens were used longest ago.
 
         In streams, of those beside or between running ones, where there are any (Scheduler._close_ranks).
         """
-        if isinstance(source, int) and source in free and 2 * length >= len(self.slots[source].tokens):
+        if isinstance(source, int) and source in free and self._is_mostly(source, length):
             return source  # no copy, and little or nothing is lost
         others = [index for index in free if index != source] or free
         busy = self.busy

@@ -77,7 +77,7 @@ class Loop:
             n_cells=context.n_ctx if context.unified else None,
             share_prefixes=context.can_share_prefixes,
             n_window=context.n_window,
-            costs=Costs(copy=0 if context.unified else 16),
+            costs=Costs() if context.unified else Costs(copy=16, copied=0.01),
             ram_bytes=ram_bytes,
             disk_bytes=disk_bytes,
             token_bytes=token_bytes,

@@ -348,7 +348,7 @@ class Scheduler:
         """Take what another slot has now, if that is worth bringing, and look for the next leader."""
         assert sequence.slot is not None
         source, length = self.held.source(sequence)
-        if not isinstance(source, int) or length <= sequence.n_computed + self.held.cost(source):
+        if not isinstance(source, int) or length <= sequence.n_computed + self.held.cost(source, length):
             source, length = sequence.slot, sequence.n_computed
         self.held.begin(sequence, source, length, actions)
         self._began(sequence, length)

@@ -135,7 +135,7 @@ def test_a_short_prefix_of_another_slot_is_not_worth_its_copy():
     model.scheduler.add(busy)
     for _ in range(4):
         model.step()
-    for length, n_cached in ((9, 0), (20, 20)):
+    for length, n_cached in ((20, 20), (9, 0)):
         each = Sequence(length, (*prompt(length), 0), max_tokens=1)
         model.scheduler.add(each)
         model.step()
@@ -143,7 +143,20 @@ def test_a_short_prefix_of_another_slot_is_not_worth_its_copy():
     run(model)
     own = Sequence("own", prompt(9), max_tokens=1)
     run(model, own)
-    assert own.n_cached == 8, "what an idle slot holds costs no copy"
+    assert own.n_cached == 8, "an idle slot that is taken itself costs no copy"
+
+
+def test_a_long_idle_slot_is_not_copied_for_a_short_prefix():
+    model = fake(n_slots=3, n_batch=2000, n_ctx=2000, costs=Costs(copy=16, copied=0.01))
+    run(model, Sequence("long", prompt(1500), max_tokens=1))
+    for length, n_cached in ((20, 0), (60, 60)):
+        each = Sequence(length, (*prompt(length), 0), max_tokens=1)
+        run(model, each)
+        assert each.n_cached == n_cached
+    most = Sequence("most", (*prompt(800), 0), max_tokens=1)
+    run(model, most)
+    assert most.n_cached == 800
+    assert sum(len(slot.tokens) > 800 for slot in model.scheduler.slots) == 1, "the slot itself is taken"
 
 
 def test_without_sharing_nothing_is_kept():
