@@ -118,6 +118,8 @@ class Holdings:
         slot.tokens, slot.namespace = sequence.tokens[:length], sequence.namespace
         if isinstance(source, State):
             self.stash.touch(source)
+        elif source is not None and source != index:
+            self._use(source)
         if self.cells is not None:
             if source == index:
                 self.cells.cut(index, length)
@@ -134,11 +136,17 @@ class Holdings:
         free = [index for index, slot in enumerate(self.slots) if slot.sequence is None]
         target = self._target(free, source, length)
         self._rescue(target, actions, n_kept=length if target == source else 0)
-        self._turn += 1
-        slot = self.slots[target]
-        slot.sequence, slot.last_used = sequence, self._turn
+        self._use(target)
+        self.slots[target].sequence = sequence
         sequence.slot, sequence.age = target, self._turn
         self.begin(sequence, source, length, actions)
+
+    def leave(self, index: int, *, saved: bool = False) -> None:
+        """A slot's sequence goes; what it holds stays until somebody else needs it, if `saved` the first."""
+        self.slots[index].sequence = None
+        self._use(index)
+        if saved:
+            self.slots[index].last_used = 0
 
     def move(self, sequence: Sequence, target: int, actions: list[Action]) -> None:
         """Give a running sequence an idle slot instead of its own, with all that it has computed."""
@@ -205,6 +213,10 @@ class Holdings:
             for index, slot in enumerate(self.slots)
             if slot.sequence is None and slot.tokens and index != keep
         }
+
+    def _use(self, index: int) -> None:
+        self._turn += 1
+        self.slots[index].last_used = self._turn
 
     def _last_used(self, index: int) -> int:
         """Which of idle slots gives way first: the smallest."""

@@ -133,7 +133,7 @@ class Scheduler:
             self.queue.remove(sequence)
             return actions
         index, sequence.slot = sequence.slot, None
-        self.slots[index].sequence = None
+        self.held.leave(index)
         self.queue.ended(sequence)
         if forget or not self.held.share_prefixes:
             self.held.drop(index, actions)
@@ -243,7 +243,8 @@ class Scheduler:
             sequence.state = self.held.save(index, actions, pinned=True)
         self.queue.add(sequence, first=True)
         self.queue.ended(sequence)
-        self.slots[index].sequence, sequence.slot, sequence.leader = None, None, None
+        self.held.leave(index, saved=sequence.state is not None)
+        sequence.slot, sequence.leader = None, None
         sequence.n_computed = 0
         if not self.held.share_prefixes:
             self.held.drop(index, actions)

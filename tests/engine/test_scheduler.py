@@ -159,6 +159,31 @@ def test_a_long_idle_slot_is_not_copied_for_a_short_prefix():
     assert sum(len(slot.tokens) > 800 for slot in model.scheduler.slots) == 1, "the slot itself is taken"
 
 
+def test_the_slot_that_is_longest_unused_gives_way_not_the_one_admitted_first():
+    model = fake(n_slots=3, n_batch=64)
+    long = Sequence("long", prompt(10), max_tokens=20)
+    model.scheduler.add(long)
+    model.step()
+    run(model, Sequence("short", prompt(10, start=1), max_tokens=1))
+    third = Sequence("third", prompt(10, start=2), max_tokens=1)
+    run(model, third)
+    run(model, Sequence("new", prompt(10, start=3), max_tokens=1))
+    held = [slot.tokens[0] for slot in model.scheduler.slots]
+    assert sorted(held) == [VOCABULARY, VOCABULARY + 2, VOCABULARY + 3], "short made way"
+
+
+def test_a_slot_that_lends_its_prefix_is_used():
+    model = fake(n_slots=3, n_batch=64, costs=Costs(copy=2))
+    for start in range(2):
+        run(model, Sequence(start, prompt(40, start=start), max_tokens=1))
+    borrower = Sequence("borrower", (*prompt(10), 0), max_tokens=1)
+    run(model, borrower)
+    assert borrower.n_cached == 10
+    run(model, Sequence("new", prompt(10, start=3), max_tokens=1))
+    held = {slot.tokens[0] for slot in model.scheduler.slots}
+    assert held == {VOCABULARY, VOCABULARY + 3}
+
+
 def test_without_sharing_nothing_is_kept():
     model = fake(share_prefixes=False)
     run(model, Sequence("a", prompt(20), max_tokens=1))
