@@ -331,13 +331,16 @@ class Scheduler:
         leader, n_shared = None, length + max(MIN_SHARED - 1, self.held.costs.copy)
         if not self.held.share_prefixes or self.held.n_window:
             return leader, n_shared
+        wanted = sequence.tokens[:-1]  # the logits of the last one are needed
         for older in self._by_age():
-            if older is sequence:
+            if older is sequence or len(wanted) <= n_shared:
                 break
-            if older.leader is None and not older.is_writing and older.namespace == sequence.namespace:
-                shared = common_prefix(older.tokens, sequence.tokens[:-1])
-                if shared > n_shared:
-                    leader, n_shared = older, shared
+            if older.leader is not None or older.is_writing or older.namespace != sequence.namespace:
+                continue
+            # Where one more than the best so far is the same, and only there, the whole is compared.
+            more = n_shared + 1
+            if older.tokens[n_shared:more] == wanted[n_shared:more] and older.tokens[:more] == wanted[:more]:
+                leader, n_shared = older, common_prefix(older.tokens, wanted)
         return leader, n_shared
 
     def _may_join(self, sequence: Sequence) -> bool:
