@@ -66,6 +66,7 @@ class FairQueue(Generic[W]):
 
     def __init__(self) -> None:
         self._accounts: dict[str, Account[W]] = {}
+        self._weight: float | None = None  # of all who are active; None: to be added up
 
     def __len__(self) -> int:
         return sum(len(account.waiting) for account in self._accounts.values())
@@ -81,6 +82,7 @@ class FairQueue(Generic[W]):
             busy = [each.served for each in self._accounts.values() if each.is_active]
             account.served = max([account.served, *([min(busy)] if busy else [])])
         account.tenant = request.tenant
+        self._weight = None
         if first:
             account.waiting.appendleft(request)
         else:
@@ -132,12 +134,12 @@ class FairQueue(Generic[W]):
 
     def share(self, tenant: Charged, n_places: int) -> float:
         """Places that are due to a tenant beside all others who want some now, by weight."""
-        others = sum(
-            each.tenant.weight
-            for name, each in self._accounts.items()
-            if each.is_active and name != tenant.name
-        )
-        return n_places * tenant.weight / (tenant.weight + others)
+        if self._weight is None:
+            self._weight = sum(each.tenant.weight for each in self._accounts.values() if each.is_active)
+        account = self._accounts.get(tenant.name)
+        own = account.tenant.weight if account is not None and account.is_active else 0.0
+        share = n_places * tenant.weight / (tenant.weight + self._weight - own)
+        return round(share, 6)  # sums of weights are not exact, and a share may be a whole number
 
     def _account(self, tenant: Charged) -> Account[W]:
         account = self._accounts.get(tenant.name)
@@ -147,6 +149,7 @@ class FairQueue(Generic[W]):
 
     def _forget(self) -> None:
         """Accounts of who is gone are kept only while they say more than a newcomer's would."""
+        self._weight = None
         least = min((each.served for each in self._accounts.values() if each.is_active), default=inf)
         self._accounts = {
             name: each for name, each in self._accounts.items() if each.is_active or each.served > least

@@ -213,7 +213,18 @@ class Scheduler:
             return None
         if any(slot.sequence is None for slot in self.slots):
             return ready[0]
-        return next((each for each in ready if self._less_deserving(each) is not None), None)
+        asked: set[tuple[int, bool]] = set()
+        for each in ready:
+            kind = each.tenant.priority, self._has_its_share(each)
+            if kind not in asked and self._less_deserving(each) is not None:
+                return each
+            asked.add(kind)  # the answer is the same for all of a kind
+        return None
+
+    def _has_its_share(self, candidate: Sequence) -> bool:
+        """Whether a request's tenant runs as much as is due to it."""
+        share = self.queue.share(candidate.tenant, len(self.slots))
+        return self.queue.n_running(candidate) + 1 > max(1.0, share)
 
     def _less_deserving(self, candidate: Sequence, gone: Iterable[Sequence] = ()) -> Sequence | None:
         """Who makes way for a request, after those `gone`: lower priority, else a tenant over its share."""
@@ -223,7 +234,7 @@ class Scheduler:
         lower = [each for each in running if each.tenant.priority < priority]
         if lower:
             return max(lower, key=lambda each: (-each.tenant.priority, each.age))
-        if queue.n_running(candidate) + 1 > max(1.0, queue.share(candidate.tenant, n_slots)):
+        if self._has_its_share(candidate):
             return None
         over = [
             each

@@ -144,6 +144,10 @@ def test_shares_count_who_wants_something_now():
     assert queue.share(A, 8) == 2, "who asks counts too"
     queue.add(light)
     assert (queue.share(HEAVY, 8), queue.share(A, 8)) == (6, 2)
+    queue.started(light)
+    assert (queue.share(HEAVY, 8), queue.share(A, 8)) == (6, 2), "also while they run"
+    queue.add(light, first=True)
+    queue.ended(light)
     queue.remove(light)
     assert queue.share(HEAVY, 8) == 8
     assert (queue.n_waiting(HEAVY), queue.n_waiting(A)) == (1, 0)

@@ -296,6 +296,18 @@ def test_tenants_within_their_share_do_not_make_way():
     run(model)
 
 
+def test_admission_asks_for_shares_in_proportion_to_tenants_and_slots(monkeypatch):
+    model = fake(n_slots=8, n_batch=64)
+    for i in range(60):
+        model.scheduler.add(Sequence(i, prompt(5, start=i), max_tokens=30, tenant=Tenant(str(i))))
+    model.step()
+    asked = []
+    share = model.scheduler.queue.share
+    monkeypatch.setattr(model.scheduler.queue, "share", lambda *given: asked.append(given) or share(*given))
+    model.scheduler.admit()
+    assert 0 < len(asked) < 2 * (60 + 8)
+
+
 def test_priority_takes_a_slot_at_once_and_gives_it_back():
     model = fake(n_slots=1, ram_bytes=10**6, n_batch=128, n_ctx=256)
     low = Sequence("low", prompt(MIN_SAVED), max_tokens=20)
