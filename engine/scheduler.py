@@ -20,7 +20,8 @@ The policy, in the order of the code:
   One sequence alone always fits, so that somebody always goes on.
 """
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from engine.fairness import Charged, FairQueue
 from engine.holdings import Costs, Holdings, Source
@@ -271,22 +272,28 @@ class Scheduler:
         victims = self._making_way(sequence, source, length)
         if victims is None:
             return False
-        was_pinned = isinstance(source, State) and source.pinned
-        if isinstance(source, State):
-            source.pinned = True  # it must not give way to what gives way here
-        for victim in victims:
-            self._preempt(victim, actions)
-        if fits := self._has_room(sequence, source, length, actions):
-            self.queue.started(sequence)
-            self.held.take(sequence, source, length, actions)
-            self._began(sequence, length)
-            self._follow(sequence, length)
-        if isinstance(source, State):
-            source.pinned = was_pinned
+        with self._pinned(source):
+            for victim in victims:
+                self._preempt(victim, actions)
+            if fits := self._has_room(sequence, source, length, actions):
+                self.queue.started(sequence)
+                self.held.take(sequence, source, length, actions)
+                self._began(sequence, length)
+                self._follow(sequence, length)
         if fits and sequence.state is not None:
             state, sequence.state = sequence.state, None
             self.held.discard(state, actions)
         return fits
+
+    @contextmanager
+    def _pinned(self, source: Source) -> Iterator[None]:
+        """A state that somebody begins with must not give way to what gives way for it."""
+        if not isinstance(source, State):
+            yield
+            return
+        was_pinned, source.pinned = source.pinned, True
+        yield
+        source.pinned = was_pinned
 
     def _making_way(self, sequence: Sequence, source: Source, length: int) -> list[Sequence] | None:
         """Those whose slot or cells a request needs; None if there are too few that deserve them less."""
@@ -360,11 +367,17 @@ class Scheduler:
         return leader is not None and (leader.slot is None or leader.n_computed >= sequence.n_shared)
 
     def _join(self, sequence: Sequence, actions: list[Action]) -> None:
-        """Take what another slot has now, if that is worth bringing, and look for the next leader."""
+        """Take what another slot has now, or saved, if that is worth bringing; look for the next leader."""
         assert sequence.slot is not None
         source, length = self.held.source(sequence)
-        if not isinstance(source, int) or length <= sequence.n_computed + self.held.cost(source, length):
-            source, length = sequence.slot, sequence.n_computed
+        needed = source.length if isinstance(source, State) else 0
+        with self._pinned(source):
+            if (
+                source is None
+                or length <= sequence.n_computed + self.held.cost(source, length)
+                or not self.held.make_room(needed, actions, keep=source)
+            ):
+                source, length = sequence.slot, sequence.n_computed
         self.held.begin(sequence, source, length, actions)
         self._began(sequence, length)
         self._follow(sequence, length)

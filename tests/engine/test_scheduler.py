@@ -94,6 +94,21 @@ def test_followers_of_a_cancelled_leader_go_on():
     assert model.computed[1] + model.computed[2] == 100 - 32 + 2 + 2, "what the leader left is used, once"
 
 
+def test_followers_go_on_from_what_their_leader_saved_when_it_made_way():
+    model = fake(n_slots=2, n_batch=16, n_ctx=256, ram_bytes=10**6)
+    leader = Sequence("leader", (*prompt(200), 1), max_tokens=1)
+    follower = Sequence("follower", (*prompt(200), 2), max_tokens=1, tenant=Tenant("mid", priority=1))
+    urgent = Sequence("urgent", prompt(20, start=1), max_tokens=9, tenant=Tenant("high", priority=2))
+    for each in (leader, follower, urgent):
+        model.scheduler.add(each)
+        for _ in range(4):
+            model.step()
+    assert leader.state is not None
+    run(model)
+    assert model.scheduler.n_preempted == 1
+    assert sum(model.computed[each] for each in ("leader", "follower")) == 202
+
+
 def test_followers_of_a_failed_leader_compute_it_all():
     model = fake(n_slots=2, n_batch=16, n_ctx=256)
     leader, follower = (Sequence(i, (*prompt(100), 5000 + i), max_tokens=1) for i in range(2))
