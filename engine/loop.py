@@ -133,17 +133,19 @@ class Loop:
         running = self.scheduler.running
         writing = [each for each in running if each.is_writing]
         # Beside prompts a call is long as it is, and what guesses cost could not be told apart.
-        drafts = self._guess(writing) if self.guesses and writing and len(writing) == len(running) else None
+        guesses = self.guesses and writing and len(writing) == len(running)
+        drafts = self._guess(self._next_of(writing)) if guesses else None
         plan = self.scheduler.plan(n_prompt=self.pace.n_prompt(len(writing)), drafts=drafts)
         self._act(plan.actions)
         if not plan.chunks:
             return []
         self.hands.use(plan.adapters)
+        called = time.perf_counter()
         outputs = self._decode(plan.chunks)
-        seconds = time.perf_counter() - started
-        self._learn(plan, seconds)
+        now = time.perf_counter()
+        self._learn(plan, now - called)  # what was brought or guessed before it is no part of a call's time
         self.figures.counters.decode_steps_total += 1
-        self.figures.counters.busy_s += seconds
+        self.figures.counters.busy_s += now - started
         return outputs
 
     def stats(self) -> EngineStats:
@@ -200,6 +202,11 @@ class Loop:
             self._act(self.scheduler.lost(begin))
 
     # A call
+
+    def _next_of(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Those whose adapters are used in the next call: others' guesses would be made in vain."""
+        adapters = self.scheduler.next_adapters
+        return [each for each in sequences if each.adapters == adapters]
 
     def _guess(self, writing: list[Sequence]) -> dict[Sequence, list[int]]:
         """Tokens worth checking along with each writing sequence's own: its own words, else a draft's."""

@@ -436,16 +436,21 @@ class Scheduler:
             chunks.append(Chunk(each, tokens, start, samples=length == missing))
             room, most = room - length, most - length
 
+    @property
+    def next_adapters(self) -> Hashable:
+        """Whose turn the next call is, as far as can be told before its cells are counted."""
+        newest = max(self._turns.values(), default=0)  # who comes, or comes back, is behind those that wait
+        sets = dict.fromkeys(each.adapters for each in self.running)
+        return min(sets, key=lambda adapters: self._turns.get(adapters, newest), default=())
+
     def _group(self) -> list[Sequence]:
         """Running sequences of one set of adapters: that which was decoded longest ago."""
         running = self.running
         if all(each.adapters == running[0].adapters for each in running):
             self._turns.clear()
             return running
-        sets = list(dict.fromkeys(each.adapters for each in running))
-        newest = max(self._turns.values(), default=0)  # who comes, or comes back, is behind those that wait
-        self._turns = {each: self._turns.get(each, newest) for each in sets}
-        chosen = min(sets, key=self._turns.__getitem__)
+        chosen, newest = self.next_adapters, max(self._turns.values(), default=0)
+        self._turns = {each.adapters: self._turns.get(each.adapters, newest) for each in running}
         self._turns[chosen] = newest + 1
         return [each for each in running if each.adapters == chosen]
 

@@ -30,7 +30,9 @@ class FakeModel:
     def step(self, *, n_prompt: int | None = None, drafts: Mapping[Sequence, list[int]] | None = None):
         """Admit, compute, write; the sequences that ended."""
         self.act(self.scheduler.admit())
+        expected, n_preempted = self.scheduler.next_adapters, self.scheduler.n_preempted
         plan = self.scheduler.plan(n_prompt=n_prompt, drafts=drafts)
+        assert plan.adapters == expected or self.scheduler.n_preempted > n_preempted
         self.act(plan.actions)
         self.check_plan(plan, n_prompt)
         self.calls.append(plan.chunks)
