@@ -163,7 +163,7 @@ class Holdings:
         """Copy a slot's tokens to a state, if the stash can take it."""
         slot = self.slots[index]
         size = len(slot.tokens) * self.token_bytes
-        if not self.share_prefixes or not self.stash.fits(size):
+        if not self.share_prefixes or not self.stash.fits(size, pinned=pinned):
             return None
         state = State(list(slot.tokens), slot.namespace, size, pinned=pinned)
         self.tree.hold(state, state.tokens, state.namespace)

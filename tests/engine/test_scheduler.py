@@ -483,6 +483,15 @@ def test_what_a_slot_gives_up_comes_back_from_memory():
     assert model.computed["again"] == 1
 
 
+def test_without_memory_for_states_they_go_to_disk():
+    model = fake(n_slots=1, n_batch=256, n_ctx=256, disk_bytes=10**6)
+    run(model, Sequence("a", prompt(100), max_tokens=1))
+    run(model, Sequence("b", prompt(100, start=1), max_tokens=1))
+    again = Sequence("again", (*prompt(100), 7), max_tokens=1)
+    run(model, again)
+    assert again.n_cached == 100
+
+
 def test_a_state_comes_back_whole_before_it_is_cut():
     model = fake(n_slots=3, n_batch=1000, n_ctx=1000, n_cells=1000, ram_bytes=10**6)
     run(model, Sequence("long", prompt(900), max_tokens=1))
