@@ -16,7 +16,7 @@ from engine.figures import Figures
 from engine.hands import Hands, Scaled
 from engine.holdings import Costs
 from engine.llama import Adapter, Context, DecodeFailed, Model
-from engine.pace import MAX_GUESSES, Luck, Pace
+from engine.pace import GUESSES_A_SEQUENCE, Luck, Pace
 from engine.request import (
     ContextOverflow,
     EngineError,
@@ -210,7 +210,7 @@ class Loop:
 
     def _guess(self, writing: list[Sequence]) -> dict[Sequence, list[int]]:
         """Tokens worth checking along with each writing sequence's own: its own words, else a draft's."""
-        most = {each: min(MAX_GUESSES, each.n_behind_next) for each in writing}
+        most = {each: min(GUESSES_A_SEQUENCE, each.n_behind_next) for each in writing}
         found = {each: self._writing[each.id].lookup.guess(each.tokens, most[each]) for each in writing}
         quoted = {each: guesses for each, guesses in found.items() if guesses}
         if quoted:

@@ -6,18 +6,28 @@ A slot is one sequence id of the KV memory. It holds the tokens whose cells are 
 request has ended, so that a later request can go on from them or copy them (holdings.py).
 
 The policy, in the order of the code:
-- Who goes first is the fair queue's to say (fairness.py). Without a free slot, a sequence of lower priority,
-  or of a tenant that runs more than its share, makes way: its cells are saved, and it goes on later from the
-  same token.
-- A sequence begins with the longest prefix that anybody holds, busy or idle, less what bringing it costs. Of
-  prompts that begin alike, the oldest computes the common part; the others wait for it and share its cells.
-- Each writing sequence gets its one token in every call, and guesses behind it when it has some; the rest of
-  the call is filled with prompts, up to the size that the loop allows while others are writing.
-- Sequences with other LoRA adapters cannot be in one call: sets of adapters take turns.
 - In streams llama.cpp computes together what lies in neighbouring slots: new sequences go next to those that
-  run, and a sequence is moved into a gap that another one left.
-- In a unified memory cells can run out: idle slots are dropped first, then the youngest sequence makes way.
-  One sequence alone always fits, so that somebody always goes on.
+  run (Holdings._target), and a sequence is moved into a gap that another one left (_close_ranks).
+- Who goes first is the fair queue's to say (_next, FairQueue.ready). Where slots or cells are short,
+  sequences of lower priority, or of a tenant that runs more than its share, make way (_less_deserving,
+  _making_way): their cells are saved, and they go on later from the same token (_preempt).
+- A sequence begins with the longest prefix that anybody holds, busy or idle, less what bringing it costs
+  (Holdings.source), if there are cells for it and for what others have yet to read (_needed).
+- Of prompts that begin alike, the oldest computes the common part; the others wait for it and share its cells
+  (_leader, _join).
+- Each writing sequence gets its one token in every call, and guesses behind it when it has some (_writers);
+  the rest of the call is filled with prompts (_add_prompts), up to the size that the loop allows while others
+  are writing.
+- Sequences with other LoRA adapters cannot be in one call: sets of adapters take turns (next_adapters).
+- In a unified memory cells can run out: idle slots are dropped first (Holdings.make_room), then the youngest
+  sequence of the lowest priority makes way (_with_cells).
+
+What stays true whatever the policy (tests/engine/test_scheduler_traces.py):
+- A plan never holds more tokens than there are free cells.
+- Of those that run, somebody computes in every call; nobody waits for ever.
+- A leader is never behind its followers.
+- One sequence alone always fits.
+- If the one that deserves a slot most does not fit, nobody behind it is let in.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -232,9 +242,8 @@ class Scheduler:
         running = [each for each in self.running if each not in gone]
         queue, n_slots = self.queue, len(self.slots)
         priority = candidate.tenant.priority
-        lower = [each for each in running if each.tenant.priority < priority]
-        if lower:
-            return max(lower, key=lambda each: (-each.tenant.priority, each.age))
+        if any(each.tenant.priority < priority for each in running):
+            return self._first_to_go(running)
         if self._has_its_share(candidate):
             return None
         over = [
@@ -245,6 +254,11 @@ class Scheduler:
             > max(1.0, queue.share(each.tenant, n_slots))
         ]
         return max(over, key=lambda each: (queue.served(each), each.age), default=None)
+
+    @staticmethod
+    def _first_to_go(sequences: Iterable[Sequence]) -> Sequence:
+        """The youngest of the lowest priority."""
+        return max(sequences, key=lambda each: (-each.tenant.priority, each.age))
 
     def _preempt(self, sequence: Sequence, actions: list[Action]) -> None:
         """Take a sequence's slot from it; it will go on from the same token."""
@@ -460,7 +474,7 @@ class Scheduler:
             n_writing = sum(each.is_writing for each in group)
             if self.held.make_room(n_writing + (n_writing < len(group)), actions):
                 return group
-            victim = max(self.running, key=lambda each: (-each.tenant.priority, each.age))
+            victim = self._first_to_go(self.running)
             assert len(self.running) > 1, "one sequence alone always fits"
             self._preempt(victim, actions)
             group = [each for each in group if each is not victim] or self._group()

@@ -10,6 +10,7 @@ from engine.sequence import Action, Begin, Chunk, Drop, Plan, Save, Sequence
 from engine.stash import Demote, Discard, State
 
 VOCABULARY = 7
+N_SETS = 3  # of adapters, that tests run at once
 
 Cell = tuple[int, int]  # token, and a number of its own
 
@@ -25,6 +26,7 @@ class FakeModel:
     states: dict[State, list[int]] = field(default_factory=dict)
     calls: list[list[Chunk]] = field(default_factory=list)
     computed: dict[object, int] = field(default_factory=dict)  # id -> tokens computed for it
+    waited: dict[Sequence, int] = field(default_factory=dict)  # calls since a stream was in one
     numbers: itertools.count = field(default_factory=itertools.count)
 
     def step(self, *, n_prompt: int | None = None, drafts: Mapping[Sequence, list[int]] | None = None):
@@ -90,6 +92,27 @@ class FakeModel:
         prompts = [len(chunk.tokens) for chunk in chunks if not chunk.is_writing]
         if n_prompt is not None and any(each.is_writing for each in self.scheduler.running):
             assert sum(prompts) <= n_prompt + n_prompt // 5
+
+        self.check_turns(plan)
+
+    def check_turns(self, plan: Plan) -> None:
+        """Who writes is soon in a call, and who waits for a leader is behind nobody less deserving."""
+        called = {chunk.sequence for chunk in plan.chunks}
+        running = self.scheduler.running
+        self.waited = {
+            each: self.waited.get(each, 0) + 1 for each in running if each.is_writing and each not in called
+        }
+        assert max(self.waited.values(), default=0) <= 2 * N_SETS, "a stream starves"
+        prompts = [chunk.sequence for chunk in plan.chunks if not chunk.is_writing]
+        for each in running:
+            leader = each.leader
+            if leader in running and leader not in called and each.adapters == plan.adapters:
+                self.check_rank(each, prompts)
+
+    def check_rank(self, sequence: Sequence, others: list[Sequence]) -> None:
+        rank = (*self.scheduler.queue.rank(sequence), sequence.age)
+        for other in others:
+            assert (*self.scheduler.queue.rank(other), other.age) <= rank, "a leader is behind its follower"
 
     def compute(self, chunk: Chunk) -> None:
         sequence = chunk.sequence

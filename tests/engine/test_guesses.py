@@ -9,7 +9,7 @@ from engine.drafter import Drafter, check_vocabulary
 from engine.llama import Context, DecodeFailed, Model
 from engine.lookup import Lookup
 from engine.loop import Loop
-from engine.pace import MAX_GUESSES, Pace
+from engine.pace import GUESSES_A_SEQUENCE, Pace
 from engine.request import Done, GenerationRequest, ModelLoadFailed, Sampling
 
 LIST = "Copy this list. alpha beta gamma delta epsilon zeta eta theta iota kappa\nalpha beta gamma"
@@ -137,7 +137,7 @@ def test_a_draft_model_guesses_no_further_than_the_context(make, drafter, monkey
     (*_, (_, done)) = (output for _ in range(40) if not loop.idle for output in loop.step())
     assert isinstance(done, Done)
     assert (done.finish_reason, done.n_completion_tokens) == ("length", 256 - len(prompt))
-    assert min(asked) < MAX_GUESSES == max(asked)
+    assert min(asked) < GUESSES_A_SEQUENCE == max(asked)
 
 
 def test_a_draft_model_that_fails_costs_its_guesses_and_nothing_else(make, drafter, monkeypatch):
