@@ -5,6 +5,7 @@ llama.cpp does not tell how many are in use, so this keeps count of its operatio
 cut. Pure.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -65,9 +66,10 @@ class Cells:
         """Cells of one sequence."""
         return sum(run.length for run in self._runs[sequence])
 
-    def n_alone(self, sequence: int) -> int:
-        """Cells that would be free if this sequence gave up its own."""
-        return sum(run.length for run in self._runs[sequence] if len(run.holders) == 1)
+    def n_alone(self, sequences: Iterable[int]) -> int:
+        """Cells that nobody else holds: would be free if all of these gave up their own."""
+        own = set(sequences)
+        return sum({run: run.length for at in own for run in self._runs[at] if run.holders <= own}.values())
 
     @property
     def n_shared(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from engine.llama import Context, Model
+from engine.llama import Context, DecodeFailed, Model
 from engine.prefix import common_prefix
 from engine.request import ModelLoadFailed
 from engine.sequence import Sequence
@@ -54,7 +54,10 @@ class Drafter:
             return cls(context, stack.pop_all())
 
     def ready(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Read on in what was written; the sequences of which all but the last token are read."""
+        """Read on in what was written; the sequences of which all but the last token are read.
+
+        None of them if llama.cpp cannot: nobody's text depends on guesses.
+        """
         room = CATCH_UP
         batch = self.context.batch
         batch.clear()
@@ -73,22 +76,39 @@ class Drafter:
                 room -= len(missing)
             if len(read) >= len(tokens) - 1:
                 caught_up.append(sequence)
-        if len(batch):
-            self.context.decode()
+        try:
+            if len(batch):
+                self.context.decode()
+        except DecodeFailed:
+            self._forget()
+            return []
         return caught_up
 
     def guess(self, counts: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
-        """The likeliest continuations, so many tokens each, of sequences that are `ready`."""
+        """The likeliest continuations, so many tokens each, of sequences that are `ready`.
+
+        None if llama.cpp cannot.
+        """
         guesses: dict[Sequence, list[int]] = {sequence: [] for sequence in counts}
         for depth in range(max(counts.values(), default=0)):
             asked = [sequence for sequence, count in counts.items() if count > depth]
-            for sequence, token in zip(asked, self._next(asked, guesses), strict=True):
+            try:
+                chosen = self._next(asked, guesses)
+            except DecodeFailed:
+                self._forget()
+                return {}
+            for sequence, token in zip(asked, chosen, strict=True):
                 guesses[sequence].append(token)
         return guesses
 
     def close(self) -> None:
         """Free the model and its memory."""
         self._stack.close()
+
+    def _forget(self) -> None:
+        """Begin anew: after a failed call nobody knows which cells it left."""
+        self.context.clear()
+        self._read.clear()
 
     def _next(self, asked: list[Sequence], guesses: Mapping[Sequence, list[int]]) -> list[int]:
         """One token for each: read the last one and take the likeliest."""

@@ -9,6 +9,7 @@ starts level with those that are busy: nobody saves up. Within a tenant it is fi
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 from typing import Generic, Protocol, TypeVar
 
 
@@ -55,6 +56,11 @@ class Account(Generic[W]):
         return bool(self.waiting or self.n_running)
 
     @property
+    def rank(self) -> tuple[float, float, float]:
+        """Priority, else tokens served, else what runs; the smallest goes first."""
+        return -self.tenant.priority, self.served, self.n_running / self.tenant.weight
+
+    @property
     def may_run(self) -> bool:
         """Whether its own limit lets another one run."""
         limit = self.tenant.max_running
@@ -67,6 +73,7 @@ class FairQueue(Generic[W]):
     def __init__(self) -> None:
         self._accounts: dict[str, Account[W]] = {}
         self._n_calls = 0
+        self._weight: float | None = None  # of all who are active; None: to be added up
 
     def __len__(self) -> int:
         return sum(len(account.waiting) for account in self._accounts.values())
@@ -82,6 +89,7 @@ class FairQueue(Generic[W]):
             busy = [each.served for each in self._accounts.values() if each.is_active]
             account.served = max([account.served, *([min(busy)] if busy else [])])
         account.tenant = request.tenant
+        self._weight = None
         if first:
             account.waiting.appendleft(request)
         else:
@@ -90,25 +98,26 @@ class FairQueue(Generic[W]):
     def called(self) -> None:
         """Another call begins: what "lately" is reckoned from."""
         self._n_calls += 1
-        for account in list(self._accounts.values()):
+        for account in self._accounts.values():
             if account.is_active:
                 account.last_call = self._n_calls
-            elif not self._was_active_lately(account):
-                self._forget(account)
+        if not all(map(self._was_active_lately, self._accounts.values())):
+            self._forget()
 
     def remove(self, request: W) -> None:
         """A request will not run."""
         account = self._account(request.tenant)
         account.waiting.remove(request)
-        self._forget(account)
+        self._forget()
 
     def ready(self) -> list[W]:
         """The first request of every tenant that may run one, the most deserving tenant first."""
         accounts = [each for each in self._accounts.values() if each.waiting and each.may_run]
-        accounts.sort(
-            key=lambda each: (-each.tenant.priority, each.served, each.n_running / each.tenant.weight)
-        )
-        return [account.waiting[0] for account in accounts]
+        return [account.waiting[0] for account in sorted(accounts, key=lambda account: account.rank)]
+
+    def rank(self, request: W) -> tuple[float, float, float]:
+        """How deserving a request is, waiting or running; the smallest goes first."""
+        return self._account(request.tenant).rank
 
     def started(self, request: W) -> None:
         """A request of `ready` runs now."""
@@ -120,7 +129,7 @@ class FairQueue(Generic[W]):
         """A running request does not run any more."""
         account = self._account(request.tenant)
         account.n_running -= 1
-        self._forget(account)
+        self._forget()
 
     def charge(self, request: W, n_tokens: int) -> None:
         """Tokens were computed for a request."""
@@ -141,12 +150,12 @@ class FairQueue(Generic[W]):
 
     def share(self, tenant: Charged, n_places: int) -> float:
         """Places that are due to a tenant beside all others who want some now, by weight."""
-        others = sum(
-            each.tenant.weight
-            for name, each in self._accounts.items()
-            if each.is_active and name != tenant.name
-        )
-        return n_places * tenant.weight / (tenant.weight + others)
+        if self._weight is None:
+            self._weight = sum(each.tenant.weight for each in self._accounts.values() if each.is_active)
+        account = self._accounts.get(tenant.name)
+        own = account.tenant.weight if account is not None and account.is_active else 0.0
+        share = n_places * tenant.weight / (tenant.weight + self._weight - own)
+        return round(share, 6)  # sums of weights are not exact, and a share may be a whole number
 
     def is_over_share(self, request: W, n_places: int) -> bool:
         """Whether the request's tenant runs on places that are others', who asked lately and may do so again.
@@ -173,10 +182,16 @@ class FairQueue(Generic[W]):
             account = self._accounts[tenant.name] = Account(tenant)
         return account
 
-    def _forget(self, account: Account[W]) -> None:
+    def _forget(self) -> None:
         """Accounts of who is gone are kept for a while, then only while they say more than a newcomer's."""
-        if account.is_active or self._was_active_lately(account):
-            return
+        self._weight = None
         busy = [each.served for each in self._accounts.values() if each.is_active]
-        if not busy or account.served <= min(busy):
-            del self._accounts[account.tenant.name]
+        least = min(busy, default=inf)
+        self._accounts = {
+            name: each
+            for name, each in self._accounts.items()
+            if each.is_active or each.served > least or self._was_active_lately(each)
+        }
+        if not busy:  # what they were served is nobody's loss: who comes first would start before them
+            for account in self._accounts.values():
+                account.served = 0.0

@@ -4,7 +4,6 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from engine import sequence as steps
 from engine.llama import Adapter, Context
 from engine.sequence import Action, Begin, Drop, Save
 from engine.stash import Demote, Discard, State
@@ -31,13 +30,13 @@ class Hands:
         self._applied = list(applied)
         self._in_use: Hashable = ()
 
-    def act(self, actions: Iterable[Action]) -> list[tuple[steps.Sequence, int]]:
-        """Do these in order; the sequences and slots that did not get all that they should begin with."""
-        failed: list[tuple[steps.Sequence, int]] = []
+    def act(self, actions: Iterable[Action]) -> list[Begin]:
+        """Do these in order; those that did not bring all that a sequence should begin with."""
+        failed: list[Begin] = []
         saved: tuple[int, np.ndarray] | None = None  # what was last read of a slot, for several who copy it
         for action in actions:
             match action:
-                case Begin(sequence, slot, source, length):
+                case Begin(_, slot, source, length):
                     if isinstance(source, int) and source != slot and not self.context.unified:
                         if saved is None or saved[0] != source:
                             saved = source, self.context.save(source)
@@ -48,7 +47,7 @@ class Hands:
                         saved = None
                     if self.context.length(slot) != length:  # a damaged file, say
                         self.context.remove(slot)
-                        failed.append((sequence, slot))
+                        failed.append(action)
                 case Save(slot, state):
                     self.states.keep(state, self.context.save(slot))
                 case Drop(slot):

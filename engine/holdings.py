@@ -23,6 +23,7 @@ class Costs:
     """What it takes to bring a prefix, in tokens that could be computed meanwhile."""
 
     copy: int = 0  # from another slot
+    copied: float = 0.0  # each token that the other slot holds: all of it is saved and restored
     restore: int = 16  # from host memory
     load: int = 64  # from disk
 
@@ -71,7 +72,7 @@ class Holdings:
         actions: list[Action] = []
         if not self.stash.budgets["disk"]:
             return actions
-        for index in sorted(range(len(self.slots)), key=lambda index: self.slots[index].last_used):
+        for index in sorted(range(len(self.slots)), key=self._last_used):
             self._rescue(index, actions)
         actions += self._forgotten(self.stash.empty("ram"))
         return actions
@@ -94,17 +95,20 @@ class Holdings:
                 break
             for holder in match.holders:
                 assert isinstance(holder, int | State)
-                if self._can_be_cut(holder, match.length):
-                    value = match.length - self.cost(holder)
+                can_come = holder is sequence.state or self._can_come(holder)
+                if can_come and self._can_be_cut(holder, match.length):
+                    value = match.length - self.cost(holder, match.length)
                     if value > gain or (value == gain and value and isinstance(holder, int)):
                         best, gain = (holder, match.length), value
         return best
 
-    def cost(self, holder: int | State) -> int:
-        """Of bringing a prefix from there, in tokens."""
+    def cost(self, holder: int | State, length: int) -> int:
+        """Of bringing so many tokens from there, in tokens."""
         if isinstance(holder, State):
             return self.costs.restore if holder.tier == "ram" else self.costs.load
-        return 0 if self.slots[holder].sequence is None else self.costs.copy
+        if self.slots[holder].sequence is None and self._is_mostly(holder, length):
+            return 0  # the slot itself is taken
+        return self.costs.copy + int(self.costs.copied * len(self.slots[holder].tokens))
 
     def begin(self, sequence: Sequence, source: Source, length: int, actions: list[Action]) -> None:
         """Let a sequence's slot hold what it is given, and nothing else."""
@@ -114,6 +118,8 @@ class Holdings:
         slot.tokens, slot.namespace = sequence.tokens[:length], sequence.namespace
         if isinstance(source, State):
             self.stash.touch(source)
+        elif source is not None and source != index:
+            self._use(source)
         if self.cells is not None:
             if source == index:
                 self.cells.cut(index, length)
@@ -130,11 +136,17 @@ class Holdings:
         free = [index for index, slot in enumerate(self.slots) if slot.sequence is None]
         target = self._target(free, source, length)
         self._rescue(target, actions, n_kept=length if target == source else 0)
-        self._turn += 1
-        slot = self.slots[target]
-        slot.sequence, slot.last_used = sequence, self._turn
+        self._use(target)
+        self.slots[target].sequence = sequence
         sequence.slot, sequence.age = target, self._turn
         self.begin(sequence, source, length, actions)
+
+    def leave(self, index: int, *, saved: bool = False) -> None:
+        """A slot's sequence goes; what it holds stays until somebody else needs it, if `saved` the first."""
+        self.slots[index].sequence = None
+        self._use(index)
+        if saved:
+            self.slots[index].last_used = 0
 
     def move(self, sequence: Sequence, target: int, actions: list[Action]) -> None:
         """Give a running sequence an idle slot instead of its own, with all that it has computed."""
@@ -151,7 +163,7 @@ class Holdings:
         """Copy a slot's tokens to a state, if the stash can take it."""
         slot = self.slots[index]
         size = len(slot.tokens) * self.token_bytes
-        if not self.share_prefixes or not self.stash.fits(size):
+        if not self.share_prefixes or not self.stash.fits(size, pinned=pinned):
             return None
         state = State(list(slot.tokens), slot.namespace, size, pinned=pinned)
         self.tree.hold(state, state.tokens, state.namespace)
@@ -175,19 +187,40 @@ class Holdings:
         actions.append(Drop(index))
 
     def make_room(self, needed: int, actions: list[Action], *, keep: Source = None) -> bool:
-        """Drop idle slots of a unified memory, the longest unused first, until `needed` cells are free."""
-        while self.cells is not None and self.cells.n_free < needed:
-            idle = [
-                index
-                for index, slot in enumerate(self.slots)
-                if slot.sequence is None and slot.tokens and index != keep
-            ]
-            if not idle:
-                return False
-            index = min(idle, key=lambda index: self.slots[index].last_used)
-            self._rescue(index, actions)
-            self.drop(index, actions)
+        """Drop idle slots of a unified memory, the longest unused first, until `needed` cells are free.
+
+        None of them if all would not do.
+        """
+        if self.cells is None or self.cells.n_free >= needed:
+            return True
+        if self.n_available(keep=keep) < needed:
+            return False
+        for index in sorted(self._idle(keep), key=self._last_used):
+            if self.cells.n_free < needed:
+                self._rescue(index, actions)
+                self.drop(index, actions)
         return True
+
+    def n_available(self, *, keep: Source = None, also: Iterable[int] = ()) -> int:
+        """Cells of a unified memory that are free, or would be if idle slots but `keep`, and `also`, went."""
+        assert self.cells is not None
+        return self.cells.n_free + self.cells.n_alone({*self._idle(keep), *also} - {keep})
+
+    def _idle(self, keep: Source) -> set[int]:
+        """Idle slots that hold something, but for `keep`."""
+        return {
+            index
+            for index, slot in enumerate(self.slots)
+            if slot.sequence is None and slot.tokens and index != keep
+        }
+
+    def _use(self, index: int) -> None:
+        self._turn += 1
+        self.slots[index].last_used = self._turn
+
+    def _last_used(self, index: int) -> int:
+        """Which of idle slots gives way first: the smallest."""
+        return self.slots[index].last_used
 
     def _rescue(self, index: int, actions: list[Action], *, n_kept: int = 0) -> None:
         """A slot will lose all but `n_kept` tokens: save it if what only it holds of them is much."""
@@ -202,19 +235,29 @@ class Holdings:
         held = len(holder.tokens if isinstance(holder, State) else self.slots[holder].tokens)
         return held < self.n_window or held <= length
 
+    def _can_come(self, holder: int | State) -> bool:
+        """Whether cells for all of a state are there: it comes whole, however little of it is wanted."""
+        if self.cells is None or isinstance(holder, int) or holder.length <= self.cells.n_free:
+            return True
+        return holder.length <= self.n_available()
+
+    def _is_mostly(self, index: int, length: int) -> bool:
+        """Whether that is at least half of what a slot holds."""
+        return 2 * length >= len(self.slots[index].tokens)
+
     def _target(self, free: list[int], source: Source, length: int) -> int:
         """The idle slot that holds most of it already, else the one whose tokens were used longest ago.
 
         In streams, of those beside or between running ones, where there are any (Scheduler._close_ranks).
         """
-        if isinstance(source, int) and source in free and 2 * length >= len(self.slots[source].tokens):
+        if isinstance(source, int) and source in free and self._is_mostly(source, length):
             return source  # no copy, and little or nothing is lost
         others = [index for index in free if index != source] or free
         busy = self.busy
         if self.cells is None and busy:
             others = [index for index in others if busy[0] - 1 <= index <= busy[-1] + 1] or others
         empty = [index for index in others if not self.slots[index].tokens]
-        return empty[0] if empty else min(others, key=lambda index: self.slots[index].last_used)
+        return empty[0] if empty else min(others, key=self._last_used)
 
     def _forgotten(self, gone: Iterable[Action]) -> list[Action]:
         done = list(gone)

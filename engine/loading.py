@@ -19,7 +19,7 @@ from engine.pooled import PooledLoop
 from engine.request import EMBEDDING_POOLINGS, EngineConfig, EngineInfo, ModelLoadFailed
 from engine.states import States
 
-GUESSES = 16  # logits that a call may have for guessed tokens, beside one a sequence
+GUESSES_A_CALL = 16  # logits that a call may have for guesses of all, beside one a sequence
 WARM_UP_TOKENS = 64  # of a prompt
 
 
@@ -53,7 +53,7 @@ def load(config: EngineConfig, stack: ExitStack) -> tuple[Loop | PooledLoop, Eng
         n_parallel=config.n_parallel,
         max_queue=config.max_queue,
         pace=pace,
-        guesses=GUESSES if config.speculation == "auto" else 0,
+        guesses=GUESSES_A_CALL if config.speculation == "auto" else 0,
         drafter=drafter,
         ram_bytes=config.cache_ram_mb << 20,
         disk_bytes=config.cache_disk_mb << 20,
@@ -80,7 +80,7 @@ def open_context(model: Model, config: EngineConfig) -> Context:
         n_ctx=n_cells,
         n_batch=max(config.n_batch, config.n_parallel),
         n_seq_max=config.n_parallel,
-        n_outputs_max=config.n_parallel + (GUESSES if config.speculation == "auto" else 0),
+        n_outputs_max=config.n_parallel + (GUESSES_A_CALL if config.speculation == "auto" else 0),
         n_threads=config.n_threads,
         type_k=config.kv_type_k,
         type_v=config.kv_type_v,

@@ -16,7 +16,7 @@ from engine.figures import Figures
 from engine.hands import Hands, Scaled
 from engine.holdings import Costs
 from engine.llama import Adapter, Context, DecodeFailed, Model
-from engine.pace import MAX_GUESSES, Luck, Pace
+from engine.pace import GUESSES_A_SEQUENCE, Luck, Pace
 from engine.request import (
     ContextOverflow,
     EngineError,
@@ -78,7 +78,7 @@ class Loop:
             n_cells=context.n_ctx if context.unified else None,
             share_prefixes=context.can_share_prefixes,
             n_window=context.n_window,
-            costs=Costs(copy=0 if context.unified else 16),
+            costs=Costs() if context.unified else Costs(copy=16, copied=0.01),
             ram_bytes=ram_bytes,
             disk_bytes=disk_bytes,
             token_bytes=token_bytes,
@@ -134,7 +134,8 @@ class Loop:
         running = self.scheduler.running
         writing = [each for each in running if each.is_writing]
         # Beside prompts a call is long as it is, and what guesses cost could not be told apart.
-        drafts = self._guess(writing) if self.guesses and writing and len(writing) == len(running) else None
+        guesses = self.guesses and writing and len(writing) == len(running)
+        drafts = self._guess(self._next_of(writing)) if guesses else None
         limits = Limits(self.pace.n_prompt(len(writing)), self.pace.n_brief())
         plan = self.scheduler.plan(limits=limits, drafts=drafts)
         self._act(plan.actions)
@@ -144,7 +145,7 @@ class Loop:
         called = time.perf_counter()
         outputs = self._decode(plan.chunks)
         now = time.perf_counter()
-        self._learn(plan, now - called)  # what was brought before it says nothing of the next one
+        self._learn(plan, now - called)  # what was brought or guessed before it is no part of a call's time
         self.figures.counters.decode_steps_total += 1
         self.figures.counters.busy_s += now - started
         return outputs
@@ -199,24 +200,29 @@ class Loop:
 
     def _act(self, actions: Iterable[Action]) -> None:
         """Bring native memory to what the scheduler decided; what could not be brought is computed."""
-        for sequence, slot in self.hands.act(actions):
-            if sequence.slot == slot:  # else it has made way meanwhile, and begins anew later
-                self._act(self.scheduler.lost(sequence))
+        for begin in self.hands.act(actions):
+            self._act(self.scheduler.lost(begin))
 
     # A call
 
+    def _next_of(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Those whose adapters are used in the next call: others' guesses would be made in vain."""
+        adapters = self.scheduler.next_adapters
+        return [each for each in sequences if each.adapters == adapters]
+
     def _guess(self, writing: list[Sequence]) -> dict[Sequence, list[int]]:
         """Tokens worth checking along with each writing sequence's own: its own words, else a draft's."""
-        guessing = [each for each in writing if not self.scheduler.turns.is_over_share(each)]
-        found = {each: self._writing[each.id].lookup.guess(each.tokens, MAX_GUESSES) for each in guessing}
+        gives_way = self.scheduler.turns.is_over_share
+        most = {each: min(GUESSES_A_SEQUENCE, each.n_behind_next) * (not gives_way(each)) for each in writing}
+        found = {each: self._writing[each.id].lookup.guess(each.tokens, most[each]) for each in writing}
         quoted = {each: guesses for each, guesses in found.items() if guesses}
         if quoted:
             counts = self._within({each: len(guesses) for each, guesses in quoted.items()}, writing)
             return {each: quoted[each][:count] for each, count in counts.items()}
         if self.drafter is None:
             return {}
-        ready = self.drafter.ready(guessing)
-        counts = self._within(dict.fromkeys(ready, MAX_GUESSES), writing, depth_s=self.drafter.call_s)
+        ready = self.drafter.ready([each for each in writing if most[each]])
+        counts = self._within({each: most[each] for each in ready}, writing, depth_s=self.drafter.call_s)
         return self.drafter.guess(counts) if counts else {}
 
     def _within(

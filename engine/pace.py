@@ -18,7 +18,7 @@ BRIEF = 0.2
 CAUTION = 0.85  # of the stall is planned for: times vary, and what was written still has its way to go
 SMOOTHING = 0.3  # weight of the newest time
 WORTH = 1.03  # guesses must promise this much more to be tried
-MAX_GUESSES = 8  # a sequence
+GUESSES_A_SEQUENCE = 8  # in one call, at most
 FORGETTING = 0.004  # a step: how soon a sequence that guessed badly is tried again
 TRUST_EVENTS = 4.0  # guesses that the common experience counts for, against a sequence's own
 

@@ -57,6 +57,7 @@ class PrefixTree:
             end.tokens.extend(tokens)
         else:
             self._ends[holder] = self._descend(end, holder, tokens)
+            self._absorb(end)  # holders that write the same text in step leave no node for each token
 
     def release(self, holder: Hashable) -> None:
         """The holder has nothing any more."""
@@ -70,7 +71,7 @@ class PrefixTree:
             if not node.holders:
                 del parent.children[node.tokens[0]]
             else:
-                self._merge(node)
+                self._absorb(node)
             node = parent
         if not node.children:
             del self._roots[namespace]
@@ -125,17 +126,20 @@ class PrefixTree:
         node.parent = upper
         return upper
 
-    def _merge(self, node: Node) -> None:
+    def _absorb(self, node: Node) -> None:
         """Join a node with its only child when the same holders go through both."""
         if len(node.children) != 1:
             return
         (child,) = node.children.values()
         if child.holders != node.holders:
             return
-        child.tokens[:0] = node.tokens
-        child.parent = node.parent
-        assert node.parent is not None
-        node.parent.children[child.tokens[0]] = child
+        node.tokens += child.tokens
+        node.children = child.children
+        for grandchild in node.children.values():
+            grandchild.parent = node
+        for holder in child.holders:
+            if self._ends[holder] is child:
+                self._ends[holder] = node
 
 
 def common_prefix(left: list[int], right: list[int], offset: int = 0) -> int:

@@ -6,26 +6,38 @@ A slot is one sequence id of the KV memory. It holds the tokens whose cells are 
 request has ended, so that a later request can go on from them or copy them (holdings.py).
 
 The policy, in the order of the code:
-- Who goes first is the fair queue's to say (fairness.py). Without a free slot, a sequence of lower priority,
-  or of a tenant that runs more than its share, makes way: its cells are saved, and it goes on later from the
-  same token.
-- A sequence begins with the longest prefix that anybody holds, busy or idle, less what bringing it costs. Of
-  prompts that begin alike, the oldest computes the common part; the others wait for it and share its cells.
-- Each writing sequence gets one token in every call, the rest is filled with prompts; who runs more than its
-  share gives way there, too (turns.py).
-- Sequences with other LoRA adapters cannot be in one call: sets of adapters take turns.
 - In streams llama.cpp computes together what lies in neighbouring slots: new sequences go next to those that
-  run, and a sequence is moved into a gap that another one left.
-- In a unified memory cells can run out: idle slots are dropped first, then the youngest sequence makes way.
-  One sequence alone always fits, so that somebody always goes on.
+  run (Holdings._target), and a sequence is moved into a gap that another one left (_close_ranks).
+- Who goes first is the fair queue's to say (_next, FairQueue.ready). Where slots or cells are short,
+  sequences of lower priority, or of a tenant that runs more than its share, make way (_less_deserving,
+  _making_way): their cells are saved, and they go on later from the same token (_preempt).
+- A sequence begins with the longest prefix that anybody holds, busy or idle, less what bringing it costs
+  (Holdings.source), if there are cells for it and for what others have yet to read (_needed).
+- Of prompts that begin alike, the oldest computes the common part; the others wait for it and share its cells
+  (_leader, _join).
+- Each writing sequence gets one token in every call, and guesses behind it when it has some; the rest of the
+  call is filled with prompts, up to the size that the loop allows while others are writing; who runs more
+  than its share gives way there, too (turns.py).
+- Sequences with other LoRA adapters cannot be in one call: sets of adapters take turns (next_adapters).
+- In a unified memory cells can run out: idle slots are dropped first (Holdings.make_room), then the youngest
+  sequence of the lowest priority makes way (_with_cells).
+
+What stays true whatever the policy (tests/engine/test_scheduler_traces.py):
+- A plan never holds more tokens than there are free cells.
+- Of those that run, somebody computes in every call; nobody waits for ever.
+- A leader is never behind its followers.
+- One sequence alone always fits.
+- If the one that deserves a slot most does not fit, nobody behind it is let in.
 """
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 
 from engine.fairness import Charged, FairQueue
 from engine.holdings import Costs, Holdings, Source
 from engine.prefix import common_prefix
-from engine.sequence import Action, Chunk, Plan, Sequence, Slot
+from engine.sequence import Action, Begin, Chunk, Plan, Sequence, Slot
 from engine.stash import State
 from engine.turns import Limits, Turns
 
@@ -135,7 +147,7 @@ class Scheduler:
             self.queue.remove(sequence)
             return actions
         index, sequence.slot = sequence.slot, None
-        self.slots[index].sequence = None
+        self.held.leave(index)
         self.queue.ended(sequence)
         if forget or not self.held.share_prefixes:
             self.held.drop(index, actions)
@@ -155,14 +167,20 @@ class Scheduler:
         sequence.tokens.append(token)
         return sequence.n_written < sequence.max_tokens
 
-    def lost(self, sequence: Sequence) -> list[Action]:
-        """What a sequence should have begun with did not come: all is to be computed."""
-        assert sequence.slot is not None
+    def lost(self, begin: Begin) -> list[Action]:
+        """What a sequence should have begun with did not come: all is to be computed.
+
+        A state that did not come never will: while it is believed in, nobody saves these tokens again.
+        """
         actions: list[Action] = []
-        self.held.drop(sequence.slot, actions)
-        sequence.n_computed = 0
-        if not sequence.n_written:
-            sequence.n_cached = 0
+        sequence = begin.sequence
+        if isinstance(begin.source, State):
+            self.held.discard(begin.source, actions)
+        if sequence.slot == begin.slot:  # else it has made way meanwhile, and begins anew later
+            self.held.drop(begin.slot, actions)
+            sequence.n_computed = 0
+            if not sequence.n_written:
+                sequence.n_cached = 0
         return actions
 
     # Who runs
@@ -174,7 +192,7 @@ class Scheduler:
             for each in self._by_age():
                 if each.leader and self._may_join(each):
                     self._join(each, actions)
-        while (sequence := self._next(actions)) is not None:
+        while (sequence := self._next()) is not None:
             if not self._place(sequence, actions):
                 break
         if self.held.cells is None:
@@ -200,7 +218,7 @@ class Scheduler:
             self.held.move(mover, gaps[0], actions)
             gaps = self._gaps()
 
-    def _next(self, actions: list[Action]) -> Sequence | None:
+    def _next(self) -> Sequence | None:
         """The request that deserves a slot most, if there is one for it."""
         if not len(self.queue):
             return None
@@ -209,29 +227,41 @@ class Scheduler:
             return None
         if any(slot.sequence is None for slot in self.slots):
             return ready[0]
-        for candidate in ready:
-            victim = self._less_deserving(candidate)
-            if victim is not None:
-                self._preempt(victim, actions)
-                return candidate
+        asked: set[tuple[int, bool]] = set()
+        for each in ready:
+            kind = each.tenant.priority, self._has_its_share(each)
+            if kind not in asked and self._less_deserving(each) is not None:
+                return each
+            asked.add(kind)  # the answer is the same for all of a kind
         return None
 
-    def _less_deserving(self, candidate: Sequence) -> Sequence | None:
-        """Who makes way for a request: lower priority, else a tenant that runs more than its share."""
-        running, queue, n_slots = self.running, self.queue, len(self.slots)
+    def _has_its_share(self, candidate: Sequence) -> bool:
+        """Whether a request's tenant runs as much as is due to it."""
+        share = self.queue.share(candidate.tenant, len(self.slots))
+        return self.queue.n_running(candidate) + 1 > max(1.0, share)
+
+    def _less_deserving(self, candidate: Sequence, gone: Iterable[Sequence] = ()) -> Sequence | None:
+        """Who makes way for a request, after those `gone`: lower priority, else a tenant over its share."""
+        running = [each for each in self.running if each not in gone]
+        queue, n_slots = self.queue, len(self.slots)
         priority = candidate.tenant.priority
-        lower = [each for each in running if each.tenant.priority < priority]
-        if lower:
-            return max(lower, key=lambda each: (-each.tenant.priority, each.age))
-        if queue.n_running(candidate) + 1 > max(1.0, queue.share(candidate.tenant, n_slots)):
+        if any(each.tenant.priority < priority for each in running):
+            return self._first_to_go(running)
+        if self._has_its_share(candidate):
             return None
         over = [
             each
             for each in running
             if each.tenant.priority == priority
-            and queue.n_running(each) > max(1.0, queue.share(each.tenant, n_slots))
+            and queue.n_running(each) - sum(other.tenant.name == each.tenant.name for other in gone)
+            > max(1.0, queue.share(each.tenant, n_slots))
         ]
         return max(over, key=lambda each: (queue.served(each), each.age), default=None)
+
+    @staticmethod
+    def _first_to_go(sequences: Iterable[Sequence]) -> Sequence:
+        """The youngest of the lowest priority."""
+        return max(sequences, key=lambda each: (-each.tenant.priority, each.age))
 
     def _preempt(self, sequence: Sequence, actions: list[Action]) -> None:
         """Take a sequence's slot from it; it will go on from the same token."""
@@ -242,7 +272,8 @@ class Scheduler:
             sequence.state = self.held.save(index, actions, pinned=True)
         self.queue.add(sequence, first=True)
         self.queue.ended(sequence)
-        self.slots[index].sequence, sequence.slot, sequence.leader = None, None, None
+        self.held.leave(index, saved=sequence.state is not None)
+        sequence.slot, sequence.leader = None, None
         sequence.n_computed = sequence.n_missed = 0
         if not self.held.share_prefixes:
             self.held.drop(index, actions)
@@ -250,29 +281,76 @@ class Scheduler:
     # What it begins with
 
     def _place(self, sequence: Sequence, actions: list[Action]) -> bool:
-        """Give a waiting sequence a slot and the best prefix there is; False when cells are short."""
+        """Give a waiting sequence a slot and the best prefix there is; False when cells are short.
+
+        Nobody makes way unless it fits then.
+        """
         source, length = self.held.source(sequence)
-        was_pinned = isinstance(source, State) and source.pinned
-        if isinstance(source, State):
-            source.pinned = True  # it must not give way to what gives way here
-        if fits := self._has_room(sequence, source, length, actions):
-            self.queue.started(sequence)
-            self.held.take(sequence, source, length, actions)
-            self._began(sequence, length)
-            self._follow(sequence, length)
-        if isinstance(source, State):
-            source.pinned = was_pinned
+        victims = self._making_way(sequence, source, length)
+        if victims is None:
+            return False
+        with self._pinned(source):
+            for victim in victims:
+                self._preempt(victim, actions)
+            if fits := self._has_room(sequence, source, length, actions):
+                self.queue.started(sequence)
+                self.held.take(sequence, source, length, actions)
+                self._began(sequence, length)
+                self._follow(sequence, length)
         if fits and sequence.state is not None:
             state, sequence.state = sequence.state, None
             self.held.discard(state, actions)
         return fits
 
+    @contextmanager
+    def _pinned(self, source: Source) -> Iterator[None]:
+        """A state that somebody begins with must not give way to what gives way for it."""
+        if not isinstance(source, State):
+            yield
+            return
+        was_pinned, source.pinned = source.pinned, True
+        yield
+        source.pinned = was_pinned
+
+    def _making_way(self, sequence: Sequence, source: Source, length: int) -> list[Sequence] | None:
+        """Those whose slot or cells a request needs; None if there are too few that deserve them less."""
+        gone: list[Sequence] = []
+        needs_slot = all(slot.sequence is not None for slot in self.slots)
+        while needs_slot or not self._would_fit(sequence, source, length, gone):
+            victim = self._less_deserving(sequence, gone)
+            if victim is None:
+                return None
+            gone.append(victim)
+            needs_slot = False
+        return gone
+
+    def _would_fit(self, sequence: Sequence, source: Source, length: int, gone: list[Sequence]) -> bool:
+        """Whether there were cells enough without those `gone`, and without all that is idle."""
+        beside = [each for each in self.running if each not in gone]
+        if self.held.cells is None or not beside:
+            return True
+        slots = [each.slot for each in gone if each.slot is not None]
+        return self._needed(sequence, source, length, beside) <= self.held.n_available(
+            keep=source, also=slots
+        )
+
     def _has_room(self, sequence: Sequence, source: Source, length: int, actions: list[Action]) -> bool:
-        """Whether the sequence fits beside those that run, and they can go on for a while."""
-        n_running = len(self.running)
+        """Make room for the sequence; whether there is."""
+        needed = self._needed(sequence, source, length, self.running)
+        return self.held.make_room(needed, actions, keep=source) or not self.running
+
+    def _needed(self, sequence: Sequence, source: Source, length: int, beside: list[Sequence]) -> int:
+        """Free cells that it takes to begin, so that it and those `beside` can go on for a while.
+
+        Whoever is still reading its prompt will fill cells too, but for those that its leader fills.
+        """
         shared = length if isinstance(source, int) else 0
-        needed = len(sequence.tokens) - shared + GROWTH * n_running
-        return self.held.make_room(needed, actions, keep=source) or not n_running
+        leader, n_shared = self._leader(sequence, length)
+        if leader is not None and leader in beside:
+            shared += n_shared - length
+        needed = len(sequence.tokens) - shared + sum(GROWTH + each.n_unread for each in beside)
+        # A state comes whole before it is cut.
+        return max(needed, source.length) if isinstance(source, State) else needed
 
     def _began(self, sequence: Sequence, length: int) -> None:
         sequence.n_computed = length
@@ -281,17 +359,24 @@ class Scheduler:
 
     def _follow(self, sequence: Sequence, length: int) -> None:
         """Find an older prompt, still being computed, that will hold more of this one than `length`."""
-        sequence.leader = None
-        sequence.n_shared = length + max(MIN_SHARED - 1, self.held.costs.copy)
+        sequence.leader, sequence.n_shared = self._leader(sequence, length)
+
+    def _leader(self, sequence: Sequence, length: int) -> tuple[Sequence | None, int]:
+        """Whom to follow, and how many tokens of it."""
+        leader, n_shared = None, length + max(MIN_SHARED - 1, self.held.costs.copy)
         if not self.held.share_prefixes or self.held.n_window:
-            return
+            return leader, n_shared
+        wanted = sequence.tokens[:-1]  # the logits of the last one are needed
         for older in self._by_age():
-            if older is sequence:
-                return
-            if older.leader is None and not older.is_writing and older.namespace == sequence.namespace:
-                shared = common_prefix(older.tokens, sequence.tokens[:-1])
-                if shared > sequence.n_shared:
-                    sequence.leader, sequence.n_shared = older, shared
+            if older is sequence or len(wanted) <= n_shared:
+                break
+            if older.leader is not None or older.is_writing or older.namespace != sequence.namespace:
+                continue
+            # Where one more than the best so far is the same, and only there, the whole is compared.
+            more = n_shared + 1
+            if older.tokens[n_shared:more] == wanted[n_shared:more] and older.tokens[:more] == wanted[:more]:
+                leader, n_shared = older, common_prefix(older.tokens, wanted)
+        return leader, n_shared
 
     def _may_join(self, sequence: Sequence) -> bool:
         """Whether the leader has computed the common part, or has ended before."""
@@ -299,11 +384,17 @@ class Scheduler:
         return leader is not None and (leader.slot is None or leader.n_computed >= sequence.n_shared)
 
     def _join(self, sequence: Sequence, actions: list[Action]) -> None:
-        """Take what another slot has now, if that is worth bringing, and look for the next leader."""
+        """Take what another slot has now, or saved, if that is worth bringing; look for the next leader."""
         assert sequence.slot is not None
         source, length = self.held.source(sequence)
-        if not isinstance(source, int) or length <= sequence.n_computed + self.held.cost(source):
-            source, length = sequence.slot, sequence.n_computed
+        needed = source.length if isinstance(source, State) else 0
+        with self._pinned(source):
+            if (
+                source is None
+                or length <= sequence.n_computed + self.held.cost(source, length)
+                or not self.held.make_room(needed, actions, keep=source)
+            ):
+                source, length = sequence.slot, sequence.n_computed
         self.held.begin(sequence, source, length, actions)
         self._began(sequence, length)
         self._follow(sequence, length)
@@ -316,14 +407,24 @@ class Scheduler:
         limits: Limits = Limits(),  # noqa: B008  (frozen)
         drafts: Mapping[Sequence, list[int]] | None = None,
     ) -> Plan:
-        """The next call; `limits`: tokens of prompts that it may hold, `drafts`: guesses of who writes."""
+        """The next call; `limits`: tokens of prompts that it may hold while anybody is writing, `drafts`:
+        guesses of who writes."""
         actions: list[Action] = []
         self.queue.called()
         group = self._with_cells(self._group(), actions)
         cells = self.held.cells
         room = self.n_batch if cells is None else min(self.n_batch, cells.n_free)
+        if not any(each.is_writing for each in self.running):
+            limits = replace(limits, prompt=None)  # who writes with other adapters waits for this call too
         chunks = self.turns.chunks(group, room=room, limits=limits, drafts=drafts or {})
         return Plan(chunks, actions, group[0].adapters if group else ())
+
+    @property
+    def next_adapters(self) -> Hashable:
+        """Whose turn the next call is, as far as can be told before its cells are counted."""
+        newest = max(self._turns.values(), default=0)  # who comes, or comes back, is behind those that wait
+        sets = dict.fromkeys(each.adapters for each in self.running)
+        return min(sets, key=lambda adapters: self._turns.get(adapters, newest), default=())
 
     def _group(self) -> list[Sequence]:
         """Running sequences of one set of adapters: that which was decoded longest ago."""
@@ -331,10 +432,9 @@ class Scheduler:
         if all(each.adapters == running[0].adapters for each in running):
             self._turns.clear()
             return running
-        sets = list(dict.fromkeys(each.adapters for each in running))
-        chosen = min(sets, key=lambda adapters: self._turns.get(adapters, 0))
-        self._turns = {each: self._turns.get(each, 0) for each in sets}
-        self._turns[chosen] = max(self._turns.values()) + 1
+        chosen, newest = self.next_adapters, max(self._turns.values(), default=0)
+        self._turns = {each.adapters: self._turns.get(each.adapters, newest) for each in running}
+        self._turns[chosen] = newest + 1
         return [each for each in running if each.adapters == chosen]
 
     def _with_cells(self, group: list[Sequence], actions: list[Action]) -> list[Sequence]:
@@ -343,7 +443,7 @@ class Scheduler:
             n_writing = sum(each.is_writing for each in group)
             if self.held.make_room(n_writing + (n_writing < len(group)), actions):
                 return group
-            victim = max(self.running, key=lambda each: (-each.tenant.priority, each.age))
+            victim = self._first_to_go(self.running)
             assert len(self.running) > 1, "one sequence alone always fits"
             self._preempt(victim, actions)
             group = [each for each in group if each is not victim] or self._group()

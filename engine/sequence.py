@@ -43,6 +43,18 @@ class Sequence:
         return self.tokens[len(self.prompt) :]
 
     @property
+    def n_behind_next(self) -> int:
+        """Tokens that may be written behind the next one: more guesses than these are of no use."""
+        return self.max_tokens - self.n_written - 1
+
+    @property
+    def n_unread(self) -> int:
+        """Tokens that it has yet to compute before it writes, but for those that its leader does."""
+        if self.is_writing:
+            return 0
+        return len(self.tokens) - (self.n_computed if self.leader is None else self.n_shared)
+
+    @property
     def is_writing(self) -> bool:
         """Whether all but the token written last has cells."""
         return len(self.tokens) - self.n_computed == 1 and len(self.tokens) > len(self.prompt)

@@ -59,10 +59,15 @@ class Stash:
         """All that are kept."""
         return self._states.keys()
 
-    def fits(self, size_bytes: int) -> bool:
-        """Whether a state of this size could be kept after others gave way: pinned ones do not."""
-        pinned = sum(state.size_bytes for state in self.states if state.pinned and state.tier == "ram")
-        return size_bytes <= self.budgets["ram"] - pinned
+    def fits(self, size_bytes: int, *, pinned: bool = False) -> bool:
+        """Whether a state of this size could be kept after others gave way: pinned ones do not.
+
+        What is too large for memory goes on to disk at once, unless it is to be pinned.
+        """
+        taken = sum(state.size_bytes for state in self.states if state.pinned and state.tier == "ram")
+        if size_bytes <= self.budgets["ram"] - taken:
+            return True
+        return not pinned and self.budgets["ram"] < size_bytes <= self.budgets["disk"]
 
     def add(self, state: State) -> list[Demote | Discard]:
         """Keep a state; what has to go for it."""
@@ -107,10 +112,11 @@ class Stash:
         return gone
 
     def _victim(self, tier: Tier) -> State | None:
-        """The least worthy state of a tier that is over its budget."""
+        """The least worthy state of a tier that is over its budget, or one that never fits."""
         if self.used[tier] <= self.budgets[tier]:
             return None
-        victim = min(self._of(tier), key=lambda state: state.worth, default=None)
+        budget = self.budgets[tier]
+        victim = min(self._of(tier), key=lambda each: (each.size_bytes <= budget, each.worth), default=None)
         if victim is not None:
             self._inflation[tier] = victim.worth
         return victim

@@ -68,7 +68,8 @@ class States:
     def discard(self, state: State) -> None:
         """Throw a state's bytes away."""
         self._bytes.pop(state, None)
-        if (path := self._files.pop(state, None)) is not None:
+        path = self._files.pop(state, None)
+        if path is not None and path not in self._files.values():  # two of the same tokens have one file
             with contextlib.suppress(OSError):
                 path.unlink()
 

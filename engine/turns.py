@@ -12,7 +12,7 @@ what is others', and those must not wait for it when they come again, so it give
 Only where tenants are several is anybody over its share. Pure.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.fairness import FairQueue
@@ -25,7 +25,8 @@ MIN_PORTION = 8  # tokens of a prompt worth a call without those who write
 class Limits:
     """Tokens of prompts; None: as many as there is room for.
 
-    `prompt`: between two calls of a sequence that writes; `brief`: in a call of those over their share.
+    `prompt`: between two calls of a sequence that writes, None when nobody does; `brief`: in a call of those
+    over their share.
     """
 
     prompt: int | None = None
@@ -73,17 +74,17 @@ class Turns:
         return chunks
 
     def _members(self, group: list[Sequence], writers: list[Sequence], limits: Limits) -> _Members:
-        prompts = self._in_order(each for each in group if not each.is_writing and not each.leader)
+        prompts = self._in_order(group)
         over = self._over(group)
         if not over or not prompts:
-            return _Members(writers, prompts, limits.prompt if writers else None)
+            return _Members(writers, prompts, limits.prompt)
         within = [each for each in prompts if each not in over]
         first = prompts[0]
         if first in over:  # it goes first if it did not before, or before nobody but those of lower priority
             within = [each for each in within if each.tenant.priority >= first.tenant.priority]
             within = [] if self._gave_way else within
         n_missed = max((each.n_missed for each in writers), default=0)
-        left = limits.prompt if writers else None
+        left = limits.prompt
         if n_missed:  # then somebody writes
             left = (limits.prompt or 0) - n_missed
             if not within or left < MIN_PORTION:
@@ -91,17 +92,20 @@ class Turns:
         self._gave_way = bool(within)
         if within:
             return _Members([each for each in writers if each not in over], within, left)
-        return _Members([], [each for each in prompts if each in over], limits.brief)
+        portion = min((each for each in (limits.brief, left) if each is not None), default=None)
+        return _Members([], [each for each in prompts if each in over], portion)
 
-    def _in_order(self, prompts: Iterable[Sequence]) -> list[Sequence]:
-        """By priority, then of the tenant served least, then of who runs least, then the oldest."""
-        queue = self._queue
-
-        def key(each: Sequence) -> tuple[float, ...]:
-            tenant = each.tenant
-            return -tenant.priority, queue.served(each), queue.n_running(each) / tenant.weight, each.age
-
-        return sorted(prompts, key=key)
+    def _in_order(self, group: list[Sequence]) -> list[Sequence]:
+        """Prompts in the queue's order, then the oldest; a leader has the best rank of those behind it."""
+        ranks = {each: (*self._queue.rank(each), each.age) for each in group}
+        for each in group:
+            leader = each.leader
+            while leader is not None and leader in ranks:
+                ranks[leader] = min(ranks[leader], ranks[each])
+                leader = leader.leader
+        return sorted(
+            (each for each in group if not each.is_writing and not each.leader), key=ranks.__getitem__
+        )
 
     def _over(self, group: list[Sequence]) -> set[Sequence]:
         """Sequences of tenants over their share, but for those that others wait for."""
@@ -116,7 +120,7 @@ def _written(writers: list[Sequence], room: int, drafts: Mapping[Sequence, list[
     spare = room - len(writers)
     chunks = []
     for each in writers:
-        guesses = drafts.get(each, [])[: max(0, min(spare, each.max_tokens - each.n_written - 1))]
+        guesses = drafts.get(each, [])[: max(0, min(spare, each.n_behind_next))]
         spare -= len(guesses)
         tokens = [each.tokens[-1], *guesses]
         chunks.append(

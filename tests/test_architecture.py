@@ -45,3 +45,17 @@ def test_one_file_a_floor_touches_llama_cpp():
         if "llama_cpp" in imported_roots(path)
     }
     assert users <= {"engine/llama.py", "quantize/types.py"}
+
+
+# As architecture.md says.
+PURE = ["sequence", "prefix", "cells", "stash", "holdings", "fairness", "scheduler", "turns", "pace", "lookup"]
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_what_decides_in_the_engine_knows_no_clock_no_files_and_no_native_code(name):
+    tree = ast.parse((ROOT / "engine" / f"{name}.py").read_text("utf-8"))
+    found = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    found |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    ours = {module.removeprefix("engine.") for module in found if module and module.startswith("engine")}
+    assert ours <= {*PURE, "request"}
+    assert not found & {"time", "os", "pathlib", "ctypes", "numpy", "llama_cpp"}

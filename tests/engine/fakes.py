@@ -11,6 +11,7 @@ from engine.stash import Demote, Discard, State
 from engine.turns import Limits
 
 VOCABULARY = 7
+N_SETS = 3  # of adapters, that tests run at once
 
 Cell = tuple[int, int]  # token, and a number of its own
 
@@ -26,6 +27,7 @@ class FakeModel:
     states: dict[State, list[int]] = field(default_factory=dict)
     calls: list[list[Chunk]] = field(default_factory=list)
     computed: dict[object, int] = field(default_factory=dict)  # id -> tokens computed for it
+    waited: dict[Sequence, int] = field(default_factory=dict)  # calls since a stream was in one
     numbers: itertools.count = field(default_factory=itertools.count)
 
     def step(
@@ -37,7 +39,9 @@ class FakeModel:
     ):
         """Admit, compute, write; the sequences that ended."""
         self.act(self.scheduler.admit())
+        expected, n_preempted = self.scheduler.next_adapters, self.scheduler.n_preempted
         plan = self.scheduler.plan(limits=Limits(n_prompt, n_brief), drafts=drafts)
+        assert plan.adapters == expected or self.scheduler.n_preempted > n_preempted
         self.act(plan.actions)
         self.check_plan(plan, n_prompt)
         self.calls.append(plan.chunks)
@@ -72,7 +76,10 @@ class FakeModel:
             assert length == 0
             cells: list[Cell] = []
         elif isinstance(source, State):
-            cells = [(token, next(self.numbers)) for token in self.states[source][:length]]
+            # All of it is brought, and cut then.
+            self.slots[slot] = [(token, next(self.numbers)) for token in self.states[source]]
+            self.check_room()
+            cells = self.slots[slot][:length]
         else:
             cells = self.slots[source][:length]
             if source != slot and self.n_cells is None:
@@ -90,8 +97,29 @@ class FakeModel:
         assert len({id(chunk.sequence) for chunk in chunks}) == len(chunks), "one chunk a sequence"
         assert all(chunk.sequence.adapters == plan.adapters for chunk in chunks)
         prompts = [len(chunk.tokens) for chunk in chunks if not chunk.is_writing]
-        if n_prompt is not None and len(prompts) < len(chunks):
+        if n_prompt is not None and any(each.is_writing for each in self.scheduler.running):
             assert sum(prompts) <= n_prompt + n_prompt // 5
+
+        self.check_turns(plan)
+
+    def check_turns(self, plan: Plan) -> None:
+        """Who writes is soon in a call, and who waits for a leader is behind nobody less deserving."""
+        called = {chunk.sequence for chunk in plan.chunks}
+        running = self.scheduler.running
+        self.waited = {
+            each: self.waited.get(each, 0) + 1 for each in running if each.is_writing and each not in called
+        }
+        assert max(self.waited.values(), default=0) <= 2 * N_SETS, "a stream starves"
+        prompts = [chunk.sequence for chunk in plan.chunks if not chunk.is_writing]
+        for each in running:
+            leader = each.leader
+            if leader in running and leader not in called and each.adapters == plan.adapters:
+                self.check_rank(each, prompts)
+
+    def check_rank(self, sequence: Sequence, others: list[Sequence]) -> None:
+        rank = (*self.scheduler.queue.rank(sequence), sequence.age)
+        for other in others:
+            assert (*self.scheduler.queue.rank(other), other.age) <= rank, "a leader is behind its follower"
 
     def compute(self, chunk: Chunk) -> None:
         sequence = chunk.sequence

@@ -13,7 +13,7 @@ def test_a_shared_prefix_takes_its_cells_once():
     cells.share(0, 1, 20)
     cells.append(1, 5)
     assert (cells.n_used, cells.n_free, cells.n_shared) == (35, 65, 20)
-    assert (cells.n_alone(0), cells.n_alone(1)) == (10, 5)
+    assert (cells.n_alone([0]), cells.n_alone([1]), cells.n_alone([0, 1])) == (10, 5, 35)
 
 
 def test_cells_are_free_when_the_last_holder_lets_go():
@@ -54,4 +54,6 @@ def test_any_order_of_operations_counts_as_sets_do(seed):
         assert cells.n_shared == sum(everything.count(cell) > 1 for cell in set(everything))
         for index in range(n):
             assert cells.n_held(index) == len(plain[index])
-            assert cells.n_alone(index) == sum(everything.count(cell) == 1 for cell in plain[index])
+            assert cells.n_alone([index]) == sum(everything.count(cell) == 1 for cell in plain[index])
+        others = {cell for index in (2, 3) for cell in plain[index]}
+        assert cells.n_alone([0, 1]) == len({*plain[0], *plain[1]} - others)

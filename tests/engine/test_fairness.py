@@ -21,6 +21,12 @@ def serve(queue: FairQueue, n_tokens: int) -> Asked:
     return request
 
 
+def start(queue: FairQueue, *requests: Asked) -> None:
+    for request in requests:
+        queue.add(request)
+        queue.started(request)
+
+
 A, B, HEAVY = Tenant("a"), Tenant("b"), Tenant("heavy", weight=3.0)
 
 
@@ -70,6 +76,38 @@ def test_a_pause_does_not_wipe_out_what_one_was_served():
     serve(queue, 10)
 
 
+def test_a_long_pause_wipes_it_out_once_nobody_else_is_busy_or_all_have_caught_up():
+    queue: FairQueue[Asked] = FairQueue()
+    much, little = Asked(A), Asked(B)
+    start(queue, much, little)
+    queue.charge(much, 3000)
+    queue.charge(little, 50)
+    queue.ended(much)
+    assert queue.served(much) == 3000, "the other one is behind"
+    queue.ended(little)
+    third = Asked(HEAVY)
+    start(queue, third)
+    queue.charge(third, 300)
+    queue.add(Asked(A))
+    assert queue.served(much) == 100, "level with who is busy, whatever was long ago"
+
+
+def test_an_account_goes_when_those_that_are_busy_have_passed_it():
+    queue: FairQueue[Asked] = FairQueue()
+    first, second = Asked(A), Asked(B)
+    start(queue, first, second)
+    queue.charge(first, 300)
+    queue.charge(second, 50)
+    queue.ended(first)
+    queue.charge(second, 400)
+    more = Asked(HEAVY)
+    queue.add(more)
+    queue.remove(more)
+    for _ in range(LATELY + 1):
+        queue.called()
+    assert "a" not in queue._accounts
+
+
 def test_priority_goes_before_weight():
     queue: FairQueue[Asked] = FairQueue()
     queue.add(Asked(HEAVY))
@@ -108,6 +146,10 @@ def test_shares_count_who_wants_something_now():
     assert queue.share(A, 8) == 2, "who asks counts too"
     queue.add(light)
     assert (queue.share(HEAVY, 8), queue.share(A, 8)) == (6, 2)
+    queue.started(light)
+    assert (queue.share(HEAVY, 8), queue.share(A, 8)) == (6, 2), "also while they run"
+    queue.add(light, first=True)
+    queue.ended(light)
     queue.remove(light)
     assert queue.share(HEAVY, 8) == 8
     assert (queue.n_waiting(HEAVY), queue.n_waiting(A)) == (1, 0)

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from engine.drafter import Drafter, check_vocabulary
-from engine.llama import Context, Model
+from engine.llama import Context, DecodeFailed, Model
+from engine.lookup import Lookup
 from engine.loop import Loop
-from engine.pace import Pace
-from engine.request import GenerationRequest, ModelLoadFailed, Sampling
+from engine.pace import GUESSES_A_SEQUENCE, Pace
+from engine.request import Done, GenerationRequest, ModelLoadFailed, Sampling
 
 LIST = "Copy this list. alpha beta gamma delta epsilon zeta eta theta iota kappa\nalpha beta gamma"
 GREEDY = Sampling(temperature=0)
@@ -125,6 +126,40 @@ def test_a_draft_model_reads_along_when_slots_change_hands(make, drafter):
     loop = make(drafter=drafter)
     requests = [ask(f"Number {i} of the list is", max_tokens=12, ignore_eos=True) for i in range(5)]
     assert run(loop, *requests) == run(make(guesses=0), *requests)
+
+
+def test_a_draft_model_guesses_no_further_than_the_context(make, drafter, monkeypatch):
+    monkeypatch.setattr(Lookup, "guess", lambda *_: [])
+    asked: list[int] = []
+    extend = drafter.guess
+    monkeypatch.setattr(drafter, "guess", lambda counts: asked.extend(counts.values()) or extend(counts))
+    prompt = tuple(range(1000, 1234))
+    request = GenerationRequest(prompt, sampling=GREEDY, max_tokens=None, ignore_eos=True)
+    loop = make(drafter=drafter)
+    loop.submit("fills it", request)
+    (*_, (_, done)) = (output for _ in range(40) if not loop.idle for output in loop.step())
+    assert isinstance(done, Done)
+    assert (done.finish_reason, done.n_completion_tokens) == ("length", 256 - len(prompt))
+    assert min(asked) < GUESSES_A_SEQUENCE == max(asked)
+
+
+def test_a_draft_model_that_fails_costs_its_guesses_and_nothing_else(make, drafter, monkeypatch):
+    decode, calls = drafter.context.decode, []
+
+    def fails_at_times():
+        calls.append(len(drafter.context.batch))
+        if len(calls) in (1, 4, 9):
+            raise DecodeFailed(1)
+        decode()
+
+    monkeypatch.setattr(drafter.context, "decode", fails_at_times)
+    request = ask("Write a poem about the sea:", ignore_eos=True)
+    quick = make(drafter=drafter)
+    assert run(quick, request, request) == run(make(guesses=0), request, request)
+    assert len(calls) > 9
+    stats = quick.stats()
+    assert stats.failed_total == 0
+    assert stats.right_guesses_total > 0.9 * stats.guessed_tokens_total > 0, "it reads what it forgot"
 
 
 @pytest.mark.parametrize("n_vocab", [99, 100])

@@ -1,5 +1,7 @@
 """The loop over the real model: equivalence of batched and single runs, limits, cancellation, failures."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from engine.llama import Context, DecodeFailed
@@ -249,3 +251,24 @@ def test_many_requests_in_few_slots_all_end(make_loop, drain):
     requests = [ask(f"Number {i} of", max_tokens=1 + i % 5, ignore_eos=True) for i in range(20)]
     answers = drain(loop, *requests)
     assert [answer.done.n_completion_tokens for answer in answers] == [1 + i % 5 for i in range(20)]
+
+
+def test_the_pace_is_learnt_from_calls_and_not_from_what_comes_before_them(make_loop, monkeypatch):
+    loop, now_s, learnt_s = make_loop(), [0.0], []
+
+    def taking(seconds: float, action):
+        def timed(*given, **options):
+            now_s[0] += seconds
+            return action(*given, **options)
+
+        return timed
+
+    monkeypatch.setattr("engine.loop.time", SimpleNamespace(perf_counter=lambda: now_s[0]))
+    monkeypatch.setattr(loop.scheduler, "admit", taking(100, loop.scheduler.admit))
+    monkeypatch.setattr(loop.context, "decode", taking(3, loop.context.decode))
+    monkeypatch.setattr(loop.pace, "learn", lambda *, seconds, **_: learnt_s.append(seconds))
+    loop.submit(1, ask(max_tokens=3, ignore_eos=True))
+    while not loop.idle:
+        loop.step()
+    assert learnt_s == [3, 3, 3]
+    assert loop.stats().busy_s == 3 * 103

@@ -126,3 +126,19 @@ def test_the_tree_agrees_with_plain_comparison(seed):
             assert (matches[0].length if matches else 0) == best
             for match in matches:
                 assert match.holders == {each for each, length in shared.items() if length >= match.length}
+
+
+def test_holders_that_write_the_same_text_in_step_leave_one_node():
+    made = PrefixTree()
+    for holder in "ab":
+        made.hold(holder, [1, 2, 3])
+    for token in range(4, 50):
+        for holder in "ab":
+            made.extend(holder, [token])
+    (node,) = made._roots[None].children.values()
+    assert (node.tokens, node.children) == (list(range(1, 50)), {})
+    made.extend("a", [50, 51])
+    made.extend("b", [50, 52])
+    made.release("b")
+    assert made._roots[None].children[1].tokens == list(range(1, 52))
+    assert made.n_alone("a") == 51

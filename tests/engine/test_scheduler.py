@@ -5,7 +5,7 @@ import pytest
 from engine.holdings import MIN_SAVED, Costs
 from engine.request import Tenant
 from engine.scheduler import MIN_MOVED, MIN_SHARED, PATIENCE
-from engine.sequence import Sequence
+from engine.sequence import Begin, Sequence
 from engine.stash import State
 from tests.engine.fakes import VOCABULARY, FakeModel, fake, prompt, run
 
@@ -94,6 +94,21 @@ def test_followers_of_a_cancelled_leader_go_on():
     assert model.computed[1] + model.computed[2] == 100 - 32 + 2 + 2, "what the leader left is used, once"
 
 
+def test_followers_go_on_from_what_their_leader_saved_when_it_made_way():
+    model = fake(n_slots=2, n_batch=16, n_ctx=256, ram_bytes=10**6)
+    leader = Sequence("leader", (*prompt(200), 1), max_tokens=1)
+    follower = Sequence("follower", (*prompt(200), 2), max_tokens=1, tenant=Tenant("mid", priority=1))
+    urgent = Sequence("urgent", prompt(20, start=1), max_tokens=9, tenant=Tenant("high", priority=2))
+    for each in (leader, follower, urgent):
+        model.scheduler.add(each)
+        for _ in range(4):
+            model.step()
+    assert leader.state is not None
+    run(model)
+    assert model.scheduler.n_preempted == 1
+    assert sum(model.computed[each] for each in ("leader", "follower")) == 202
+
+
 def test_followers_of_a_failed_leader_compute_it_all():
     model = fake(n_slots=2, n_batch=16, n_ctx=256)
     leader, follower = (Sequence(i, (*prompt(100), 5000 + i), max_tokens=1) for i in range(2))
@@ -103,6 +118,23 @@ def test_followers_of_a_failed_leader_compute_it_all():
     model.act(model.scheduler.release(leader, forget=True))
     run(model)
     assert model.computed[1] == 101
+
+
+def test_who_waits_for_a_prompt_of_lower_priority_lends_it_its_own():
+    model = fake(n_slots=4, n_batch=16, n_ctx=256)
+    urgent = Tenant("urgent", priority=1)
+    low = Sequence("low", (*prompt(100), 1), max_tokens=1)
+    model.scheduler.add(low)
+    model.step()
+    follower = Sequence("follower", (*prompt(100), 2), max_tokens=1, tenant=urgent)
+    model.scheduler.add(follower)
+    for i in range(30):
+        if len(model.scheduler.running) < 4:
+            model.scheduler.add(Sequence(i, prompt(120, start=1 + i), max_tokens=1, tenant=urgent))
+        model.step()
+    assert follower.n_written == 1
+    run(model)
+    assert model.computed["follower"] == 1
 
 
 def test_a_short_common_start_is_not_waited_for():
@@ -118,7 +150,7 @@ def test_a_short_prefix_of_another_slot_is_not_worth_its_copy():
     model.scheduler.add(busy)
     for _ in range(4):
         model.step()
-    for length, n_cached in ((9, 0), (20, 20)):
+    for length, n_cached in ((20, 20), (9, 0)):
         each = Sequence(length, (*prompt(length), 0), max_tokens=1)
         model.scheduler.add(each)
         model.step()
@@ -126,7 +158,45 @@ def test_a_short_prefix_of_another_slot_is_not_worth_its_copy():
     run(model)
     own = Sequence("own", prompt(9), max_tokens=1)
     run(model, own)
-    assert own.n_cached == 8, "what an idle slot holds costs no copy"
+    assert own.n_cached == 8, "an idle slot that is taken itself costs no copy"
+
+
+def test_a_long_idle_slot_is_not_copied_for_a_short_prefix():
+    model = fake(n_slots=3, n_batch=2000, n_ctx=2000, costs=Costs(copy=16, copied=0.01))
+    run(model, Sequence("long", prompt(1500), max_tokens=1))
+    for length, n_cached in ((20, 0), (60, 60)):
+        each = Sequence(length, (*prompt(length), 0), max_tokens=1)
+        run(model, each)
+        assert each.n_cached == n_cached
+    most = Sequence("most", (*prompt(800), 0), max_tokens=1)
+    run(model, most)
+    assert most.n_cached == 800
+    assert sum(len(slot.tokens) > 800 for slot in model.scheduler.slots) == 1, "the slot itself is taken"
+
+
+def test_the_slot_that_is_longest_unused_gives_way_not_the_one_admitted_first():
+    model = fake(n_slots=3, n_batch=64)
+    long = Sequence("long", prompt(10), max_tokens=20)
+    model.scheduler.add(long)
+    model.step()
+    run(model, Sequence("short", prompt(10, start=1), max_tokens=1))
+    third = Sequence("third", prompt(10, start=2), max_tokens=1)
+    run(model, third)
+    run(model, Sequence("new", prompt(10, start=3), max_tokens=1))
+    held = [slot.tokens[0] for slot in model.scheduler.slots]
+    assert sorted(held) == [VOCABULARY, VOCABULARY + 2, VOCABULARY + 3], "short made way"
+
+
+def test_a_slot_that_lends_its_prefix_is_used():
+    model = fake(n_slots=3, n_batch=64, costs=Costs(copy=2))
+    for start in range(2):
+        run(model, Sequence(start, prompt(40, start=start), max_tokens=1))
+    borrower = Sequence("borrower", (*prompt(10), 0), max_tokens=1)
+    run(model, borrower)
+    assert borrower.n_cached == 10
+    run(model, Sequence("new", prompt(10, start=3), max_tokens=1))
+    held = {slot.tokens[0] for slot in model.scheduler.slots}
+    assert held == {VOCABULARY, VOCABULARY + 3}
 
 
 def test_without_sharing_nothing_is_kept():
@@ -241,6 +311,18 @@ def test_tenants_within_their_share_do_not_make_way():
     run(model)
 
 
+def test_admission_asks_for_shares_in_proportion_to_tenants_and_slots(monkeypatch):
+    model = fake(n_slots=8, n_batch=64)
+    for i in range(60):
+        model.scheduler.add(Sequence(i, prompt(5, start=i), max_tokens=30, tenant=Tenant(str(i))))
+    model.step()
+    asked = []
+    share = model.scheduler.queue.share
+    monkeypatch.setattr(model.scheduler.queue, "share", lambda *given: asked.append(given) or share(*given))
+    model.scheduler.admit()
+    assert 0 < len(asked) < 2 * (60 + 8)
+
+
 def test_priority_takes_a_slot_at_once_and_gives_it_back():
     model = fake(n_slots=1, ram_bytes=10**6, n_batch=128, n_ctx=256)
     low = Sequence("low", prompt(MIN_SAVED), max_tokens=20)
@@ -307,6 +389,19 @@ def test_idle_slots_give_way_before_anybody_who_runs():
     assert model.scheduler.n_preempted == 0
 
 
+def test_idle_prefixes_stay_when_all_of_them_would_not_do():
+    model = fake(n_slots=4, n_batch=512, n_ctx=400, n_cells=400)
+    run(model, Sequence("old", prompt(100), max_tokens=1))
+    busy = Sequence("busy", prompt(150, start=1), max_tokens=40)
+    model.scheduler.add(busy)
+    model.step()
+    model.scheduler.add(Sequence("large", prompt(300, start=2), max_tokens=1))
+    model.step()
+    assert len(model.scheduler.queue) == 1
+    assert sorted(len(slot.tokens) for slot in model.scheduler.slots) == [0, 0, 100, 151]
+    run(model)
+
+
 def test_one_that_fills_the_whole_memory_gets_there():
     model = fake(n_slots=3, n_batch=64, n_ctx=200, n_cells=200, ram_bytes=10**6)
     long = Sequence("long", prompt(100), max_tokens=100)
@@ -317,6 +412,62 @@ def test_one_that_fills_the_whole_memory_gets_there():
         Sequence("b", prompt(60, start=2), max_tokens=30),
     )
     assert long.n_written == 100
+
+
+def in_short_memory(*lengths: int) -> tuple[FakeModel, list[Sequence]]:
+    """1,000 cells, and running requests of low priority that have computed so much."""
+    model = fake(n_slots=4, n_batch=1000, n_ctx=1000, n_cells=1000, ram_bytes=10**6)
+    low = [Sequence(i, prompt(length, start=i), max_tokens=20) for i, length in enumerate(lengths)]
+    for each in low:
+        model.scheduler.add(each)
+    model.step()
+    return model, low
+
+
+def urgently(length: int) -> Sequence:
+    return Sequence("urgent", prompt(length, start=9), max_tokens=2, tenant=Tenant("urgent", priority=1))
+
+
+def test_priority_takes_cells_even_if_a_slot_is_free():
+    model, (low,) = in_short_memory(700)
+    urgent = urgently(450)
+    model.scheduler.add(urgent)
+    model.step()
+    assert (low.slot, urgent.n_written) == (None, 1)
+    run(model)
+    assert model.computed[low.id] == 700 + 19
+
+
+def test_as_many_make_way_as_it_takes():
+    model, low = in_short_memory(400, 300, 200)
+    urgent = urgently(400)
+    model.scheduler.add(urgent)
+    model.step()
+    assert [each.slot is None for each in low] == [False, True, True], "the youngest"
+    assert urgent.n_written == 1
+    run(model)
+
+
+def test_nobody_makes_way_for_what_would_not_fit_all_the_same():
+    model, low = in_short_memory(50, 50)
+    first = Sequence("first", prompt(600, start=5), max_tokens=20, tenant=Tenant("urgent", priority=1))
+    second = Sequence("second", prompt(50, start=6), max_tokens=20, tenant=Tenant("urgent", priority=1))
+    for each in (first, second):
+        model.scheduler.add(each)
+    model.step()
+    assert len(model.scheduler.running) == 4
+    model.scheduler.add(urgently(450))
+    model.step()
+    assert model.scheduler.n_preempted == 0
+    run(model)
+    assert all(each.n_written == 20 for each in low)
+
+
+def test_what_others_have_yet_to_read_is_reckoned_with():
+    model = fake(n_slots=8, n_batch=64, n_ctx=1000, n_cells=1000)
+    run(model, *(Sequence(i, prompt(400, start=i), max_tokens=50) for i in range(8)))
+    assert model.scheduler.n_preempted == 0
+    assert sum(model.computed.values()) == 8 * (400 + 49)
 
 
 # Prefixes outside of the slots
@@ -330,6 +481,33 @@ def test_what_a_slot_gives_up_comes_back_from_memory():
     run(model, again)
     assert again.n_cached == 100
     assert model.computed["again"] == 1
+
+
+def test_without_memory_for_states_they_go_to_disk():
+    model = fake(n_slots=1, n_batch=256, n_ctx=256, disk_bytes=10**6)
+    run(model, Sequence("a", prompt(100), max_tokens=1))
+    run(model, Sequence("b", prompt(100, start=1), max_tokens=1))
+    again = Sequence("again", (*prompt(100), 7), max_tokens=1)
+    run(model, again)
+    assert again.n_cached == 100
+
+
+def test_a_state_comes_back_whole_before_it_is_cut():
+    model = fake(n_slots=3, n_batch=1000, n_ctx=1000, n_cells=1000, ram_bytes=10**6)
+    run(model, Sequence("long", prompt(900), max_tokens=1))
+    run(model, Sequence("other", prompt(950, start=1), max_tokens=1))
+    assert [len(tokens) for tokens in model.states.values()] == [900]
+    busy = Sequence("busy", prompt(450, start=2), max_tokens=60)
+    model.scheduler.add(busy)
+    model.step()
+    part = Sequence("part", (*prompt(200), 7), max_tokens=1)
+    model.scheduler.add(part)
+    model.step()
+    assert (part.n_written, part.n_cached) == (1, 0), "it does not wait for that"
+    run(model)
+    whole = Sequence("whole", (*prompt(900), 7), max_tokens=1)
+    run(model, whole)
+    assert whole.n_cached == 900
 
 
 def test_the_end_leaves_prefixes_for_the_next_process():
@@ -353,11 +531,17 @@ def test_what_did_not_come_is_computed():
     run(model, Sequence("b", prompt(100, start=1), max_tokens=1))
     again = Sequence("again", (*prompt(100), 7), max_tokens=3)
     model.scheduler.add(again)
-    model.act(model.scheduler.admit())
-    model.act(model.scheduler.lost(again))
+    actions = model.scheduler.admit()
+    model.act(actions)
+    (begin,) = (each for each in actions if isinstance(each, Begin))
+    assert isinstance(begin.source, State)
+    model.act(model.scheduler.lost(begin))
+    assert begin.source not in model.states, "it would be believed in again"
     run(model)
     assert again.n_cached == 0
     assert model.computed["again"] == 101 + 2
+    run(model, Sequence("c", prompt(100, start=2), max_tokens=1))
+    assert again.tokens[:103] in model.states.values(), "what it computed is saved"
 
 
 # Adapters and guesses
@@ -372,6 +556,35 @@ def test_adapters_take_turns_and_nobody_starves():
     written_together(model, sequences, 12)
     assert [each.n_written for each in sequences] == [4] * 4
     run(model)
+
+
+def test_adapters_that_come_and_go_do_not_push_in():
+    model = fake(n_slots=3, n_batch=64)
+    stays = Sequence("stays", prompt(5), max_tokens=30, adapters="a")
+    model.scheduler.add(stays)
+    turns = []
+    for turn in range(60):
+        if len(model.scheduler.queue) < 3:
+            name = "bc"[turn % 2]
+            model.scheduler.add(Sequence(turn, prompt(3, start=turn), max_tokens=1, adapters=name))
+        model.step()
+        turns.append(model.calls[-1][0].sequence.adapters)
+    longest = max(len(others) for others in "".join(turns).split("a"))
+    assert longest <= 2, "two others are between two turns at most"
+
+
+def test_who_writes_holds_up_the_prompts_of_other_adapters_too():
+    model = fake(n_slots=2, n_batch=64)
+    writer = Sequence("writer", prompt(5), max_tokens=30, adapters="a")
+    model.scheduler.add(writer)
+    model.step()
+    model.scheduler.add(Sequence("long", prompt(40, start=1), max_tokens=1, adapters="b"))
+    for _ in range(8):
+        model.step(n_prompt=5)
+        assert all(len(chunk.tokens) <= 6 for chunk in model.calls[-1])
+    model.scheduler.release(writer)
+    model.step(n_prompt=5)
+    assert len(model.calls[-1][0].tokens) > 6, "now nobody waits for the call's end"
 
 
 def test_right_guesses_are_written_in_one_call_and_wrong_ones_leave_no_trace():

@@ -1,7 +1,7 @@
-"""Ten thousand random lives of a scheduler: arrivals, lengths, cancels, adapters, tenants, short memory.
+"""Eight thousand random lives of a scheduler: arrivals, lengths, cancels, adapters, tenants, short memory.
 
 Whatever happens, every request gets what it would get alone, nothing is shared that differs, the cells that
-the scheduler counts are those there are, and nobody waits for ever.
+the scheduler counts are those there are, and nobody waits for ever, neither for a slot nor for a turn.
 """
 
 import random
@@ -14,7 +14,7 @@ from engine.request import Tenant
 from engine.sequence import Sequence
 from tests.engine.fakes import VOCABULARY, fake
 
-N_TRACES = 10_000
+N_TRACES = 8_000
 N_GROUPS = 40  # of traces, each one test
 
 TENANTS: list[Charged] = [
@@ -72,7 +72,7 @@ class Trace:
         chance = self.chance
         tail = tuple(chance.randrange(3) for _ in range(chance.randint(1, 15)))
         tokens = (chance.choice(self.stems) + tail)[: self.n_ctx - 1]
-        group = chance.choice(["", "", "adapter"])
+        group = chance.choice(["", "", "one", "other"])
         sequence = Sequence(
             turn,
             tokens,

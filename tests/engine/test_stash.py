@@ -51,6 +51,20 @@ def test_a_pinned_state_stays_and_leaves_less_to_others():
     assert kept.fits(100)
 
 
+def test_what_memory_cannot_hold_goes_to_disk_at_once_and_pushes_nobody_out():
+    kept = stash(50, 200)
+    small, large = state(40), state(60)
+    kept.add(small)
+    assert kept.fits(60)
+    assert not kept.fits(60, pinned=True), "who made way goes on from memory"
+    assert not kept.fits(201)
+    assert kept.add(large) == [Demote(large)]
+    assert kept.used == {"ram": 40, "disk": 60}
+    without = stash(0, 100)
+    assert without.fits(60)
+    assert without.add(only := state(60)) == [Demote(only)]
+
+
 def test_what_is_larger_than_all_is_not_kept():
     kept = stash(10, 10)
     assert kept.add(one := state(11)) == [Discard(one)]

@@ -36,6 +36,17 @@ def test_what_was_moved_to_disk_is_found_by_the_next_process(folder):
     assert later.read(found) is None
 
 
+def test_two_states_of_the_same_tokens_share_a_file_until_both_are_gone(folder):
+    states, one, two = States(folder, fingerprint="f"), state(1, 2), state(1, 2)
+    for each in (one, two):
+        states.keep(each, DATA)
+        states.demote(each)
+    states.discard(one)
+    assert np.array_equal(states.read(two), DATA)
+    states.discard(two)
+    assert list(folder.iterdir()) == []
+
+
 def test_another_engine_finds_nothing_and_leaves_it_there(folder):
     demoted(folder, 1, 2, 3)
     assert list(States(folder, fingerprint="other").found()) == []
