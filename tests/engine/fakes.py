@@ -117,9 +117,14 @@ class FakeModel:
                 self.check_rank(each, prompts)
 
     def check_rank(self, sequence: Sequence, others: list[Sequence]) -> None:
-        rank = (*self.scheduler.queue.rank(sequence), sequence.age)
+        rank = self.rank(sequence)
         for other in others:
-            assert (*self.scheduler.queue.rank(other), other.age) <= rank, "a leader is behind its follower"
+            followers = [each for each in self.scheduler.running if each.leader is other]
+            ranks = [self.rank(each) for each in (other, *followers)]
+            assert min(ranks) <= rank, "a leader is behind its follower"
+
+    def rank(self, sequence: Sequence) -> tuple[float, ...]:
+        return (*self.scheduler.queue.rank(sequence), sequence.age)
 
     def compute(self, chunk: Chunk) -> None:
         sequence = chunk.sequence
