@@ -14,7 +14,7 @@ from engine.request import Tenant
 from engine.sequence import Sequence
 from tests.engine.fakes import VOCABULARY, fake
 
-N_TRACES = 8_000
+N_TRACES = 10_000
 N_GROUPS = 40  # of traces, each one test
 
 TENANTS: list[Charged] = [
@@ -56,7 +56,7 @@ class Trace:
 
     def run(self) -> None:
         chance = self.chance
-        for turn in range(60):
+        for turn in range(45):
             if chance.random() < 0.4:
                 self.arrive(turn)
             if chance.random() < 0.08:
