@@ -15,7 +15,7 @@ MIN_PROMPT = 8  # tokens of prompts in every call, whatever the stall: a prompt 
 # Of the stall: a call of prompts of those over their share, which others who come wait for. It makes 50 ms of
 # 250, not much more than a call of eight that write (30 ms), which they wait for as well.
 BRIEF = 0.2
-CAUTION = 0.85  # of the stall is planned for: times vary, and what was written still has its way to go
+CAUTION = 0.75  # of the stall is planned for: times vary by a quarter, and what was written has its way to go
 SMOOTHING = 0.3  # weight of the newest time
 WORTH = 1.03  # guesses must promise this much more to be tried
 GUESSES_A_SEQUENCE = 8  # in one call, at most
