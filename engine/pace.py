@@ -15,7 +15,12 @@ MIN_PROMPT = 8  # tokens of prompts in every call, whatever the stall: a prompt 
 # Of the stall: a call of prompts of those over their share, which others who come wait for. It makes 50 ms of
 # 250, not much more than a call of eight that write (30 ms), which they wait for as well.
 BRIEF = 0.2
-CAUTION = 0.75  # of the stall is planned for: times vary by a quarter, and what was written has its way to go
+CAUTION = 0.75  # of the stall is planned for: times vary, and what was written still has its way to go
+# How much longer a prompt's tokens took than was thought: the stall is planned for so much less, on a machine
+# that others use too. A tenth of it is forgotten a call; more than half as much again is believed to be an
+# accident.
+CALM = 0.9
+MOST_SURPRISE = 1.5
 SMOOTHING = 0.3  # weight of the newest time
 WORTH = 1.03  # guesses must promise this much more to be tried
 GUESSES_A_SEQUENCE = 8  # in one call, at most
@@ -33,6 +38,7 @@ class Pace:
         # of sequences of unlike numbers are calls of their own within llama.cpp.
         self._guessing_s: dict[int, dict[int, float]] = {}
         self._prompt_token_s: float | None = None
+        self._surprise = 1.0
 
     def learn(self, *, n_writing: int, n_prompt: int, seconds: float, n_guesses: int = 0) -> None:
         """A call held a token of so many writing sequences, so many guesses, and tokens of prompts."""
@@ -44,6 +50,8 @@ class Pace:
         elif n_prompt >= MIN_PROMPT:
             a_token_s = max(1e-9, seconds - self.writing_s(n_writing)) / n_prompt
             before_s = a_token_s if self._prompt_token_s is None else self._prompt_token_s
+            calmer = 1 + CALM * (self._surprise - 1)
+            self._surprise = min(MOST_SURPRISE, max(a_token_s / before_s, calmer))
             # Faster up than down: a prompt's later tokens take longer than its first ones.
             weight = max(SMOOTHING, 0.6 * (a_token_s > before_s))
             self._prompt_token_s = before_s + weight * (a_token_s - before_s)
@@ -72,7 +80,7 @@ class Pace:
         if self._prompt_token_s is None:
             return MIN_PROMPT
         room_s = CAUTION * (self.max_stall_s - self.writing_s(n_writing))
-        return max(MIN_PROMPT, int(room_s / self._prompt_token_s))
+        return max(MIN_PROMPT, int(room_s / self._surprise / self._prompt_token_s))
 
     def n_brief(self) -> int | None:
         """Prompt tokens of a call that others who come should not have to wait for; None: any number."""

@@ -42,9 +42,22 @@ def test_slower_calls_are_believed_sooner_than_faster_ones():
     assert slower < faster < before
 
 
+def test_after_a_surprise_calls_are_planned_with_more_room_for_a_while():
+    calm, startled = paced(n1=0.01, p50=0.25), paced(n1=0.01, p50=0.25)
+    startled.learn(n_writing=1, n_prompt=50, seconds=0.35)  # a token takes 6.8 ms instead of 4.8
+    calm.learn(n_writing=1, n_prompt=50, seconds=0.26)
+    sizes = []
+    for _ in range(60):
+        sizes.append(startled.n_prompt(1))
+        startled.learn(n_writing=1, n_prompt=50, seconds=0.26)
+    assert sizes == sorted(sizes), "less and less of it is left"
+    assert sizes[0] * 0.007 < 0.25 * CAUTION, "another such call would still be within the stall"
+    assert sizes[-1] == calm.n_prompt(1)
+
+
 def test_a_brief_call_is_a_part_of_the_stall_and_never_nothing():
-    pace = paced(n8=0.03, p50=0.25)
-    assert pace.n_brief() == int(CAUTION * BRIEF * 0.25 / 0.005)
+    pace = paced(n8=0.03, p50=0.125)
+    assert pace.n_brief() == int(CAUTION * BRIEF * 0.25 / 0.0025)
     assert paced(p32=9.0).n_brief() == MIN_PROMPT, "however slow the model"
     assert Pace(max_stall_s=0.25).n_brief() == MIN_PROMPT, "nothing is known yet"
     assert paced(stall=None, p50=0.25).n_brief() is None
