@@ -52,7 +52,7 @@ def test_after_a_surprise_calls_are_planned_with_more_room_for_a_while():
         startled.learn(n_writing=1, n_prompt=50, seconds=0.26)
     assert sizes == sorted(sizes), "less and less of it is left"
     assert sizes[0] * 0.007 < 0.25 * CAUTION, "another such call would still be within the stall"
-    assert sizes[-1] == calm.n_prompt(1)
+    assert sizes[-1] == pytest.approx(calm.n_prompt(1), abs=1)
 
 
 def test_a_brief_call_is_a_part_of_the_stall_and_never_nothing():
