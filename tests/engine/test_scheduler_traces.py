@@ -56,7 +56,7 @@ class Trace:
 
     def run(self) -> None:
         chance = self.chance
-        for turn in range(45):
+        for turn in range(30):
             if chance.random() < 0.4:
                 self.arrive(turn)
             if chance.random() < 0.08:
