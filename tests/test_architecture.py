@@ -48,7 +48,18 @@ def test_one_file_a_floor_touches_llama_cpp():
 
 
 # As architecture.md says.
-PURE = ["sequence", "prefix", "cells", "stash", "holdings", "fairness", "scheduler", "turns", "pace", "lookup"]
+PURE = [
+    "sequence",
+    "prefix",
+    "cells",
+    "stash",
+    "holdings",
+    "fairness",
+    "scheduler",
+    "turns",
+    "pace",
+    "lookup",
+]
 
 
 @pytest.mark.parametrize("name", PURE)
