@@ -154,8 +154,7 @@ class FairQueue(Generic[W]):
             self._weight = sum(each.tenant.weight for each in self._accounts.values() if each.is_active)
         account = self._accounts.get(tenant.name)
         own = account.tenant.weight if account is not None and account.is_active else 0.0
-        share = n_places * tenant.weight / (tenant.weight + self._weight - own)
-        return round(share, 6)  # sums of weights are not exact, and a share may be a whole number
+        return _due(tenant, self._weight - own, n_places)
 
     def is_over_share(self, request: W, n_places: int) -> bool:
         """Whether the request's tenant runs on places that are others', who asked lately and may do so again.
@@ -163,6 +162,8 @@ class FairQueue(Generic[W]):
         Tenants of lower priority have no such claim.
         """
         tenant, account = request.tenant, self._account(request.tenant)
+        if account.n_running <= 1:  # nobody's share is less, and most tenants run no more
+            return False
         others = sum(
             each.tenant.weight
             for each in self._accounts.values()
@@ -170,8 +171,7 @@ class FairQueue(Generic[W]):
             and each.tenant.priority >= tenant.priority
             and (each.is_active or self._was_active_lately(each))
         )
-        share = n_places * tenant.weight / (tenant.weight + others)
-        return others > 0 and account.n_running > max(1.0, share)
+        return others > 0 and account.n_running > _due(tenant, others, n_places)
 
     def _was_active_lately(self, account: Account[W]) -> bool:
         return self._n_calls - account.last_call <= LATELY
@@ -195,3 +195,9 @@ class FairQueue(Generic[W]):
         if not busy:  # what they were served is nobody's loss: who comes first would start before them
             for account in self._accounts.values():
                 account.served = 0.0
+
+
+def _due(tenant: Charged, others: float, n_places: int) -> float:
+    """Places of a tenant beside others of so much weight: rounded, since sums of weights are not exact, and a
+    share may be a whole number."""
+    return round(n_places * tenant.weight / (tenant.weight + others), 6)

@@ -309,8 +309,10 @@ class Scheduler:
             yield
             return
         was_pinned, source.pinned = source.pinned, True
-        yield
-        source.pinned = was_pinned
+        try:
+            yield
+        finally:
+            source.pinned = was_pinned
 
     def _making_way(self, sequence: Sequence, source: Source, length: int) -> list[Sequence] | None:
         """Those whose slot or cells a request needs; None if there are too few that deserve them less."""

@@ -21,7 +21,6 @@ _NEEDED = (
     "ggml_threadpool_chunk_add",
     "ggml_backend_buffer_name",
 )
-_told = {"wide": False}  # what the library was told last
 
 
 def library_path() -> Path:
@@ -70,9 +69,7 @@ def wide(on: bool) -> None:
     Costs a fifth of the time of a prompt of 1,500 tokens. For a process that has the kernels; not while one
     computes.
     """
-    if on is not _told["wide"]:
-        _library().attention_wide(ctypes.c_bool(on))
-        _told["wide"] = on
+    _library().attention_wide(ctypes.c_bool(on))
 
 
 def calls(kernel: Literal["attention", "matmul"]) -> int:
