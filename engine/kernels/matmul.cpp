@@ -1,7 +1,7 @@
 // Weights times several rows of activations, on CPUs with AVX2 and nothing better: which operations our kernels
-// take, and how threads share the work. The arithmetic is in matmul_32.cpp (Q4_0, Q4_1) and matmul_256.cpp (Q4_K,
-// Q5_K, Q6_K). One row stays llama.cpp's: it waits for memory, not for instructions. More rows give each row the bits
-// that llama.cpp's kernel for one row gives it.
+// take, and how threads share the work. The arithmetic is in matmul_32.cpp (Q4_0, IQ4_NL, Q4_1) and matmul_256.cpp
+// (Q4_K, Q5_K, Q6_K). One row stays llama.cpp's: it waits for memory, not for instructions. More rows give each row
+// the bits that llama.cpp's kernel for one row gives it.
 
 #include "matmul.h"
 #include "plugin.h"
@@ -26,6 +26,7 @@ struct Type {
 
 const Type TYPES[] = {
     {GGML_TYPE_Q4_0, true, &matmul_q4_0},
+    {GGML_TYPE_IQ4_NL, true, &matmul_iq4_nl},
     {GGML_TYPE_Q4_1, false, &matmul_q4_1},
     {GGML_TYPE_Q4_K, true, &matmul_q4_k},
     {GGML_TYPE_Q5_K, false, &matmul_q5_k},

@@ -1,4 +1,4 @@
-// Weights in blocks of 32, Q4_0 and Q4_1, times several rows of activations.
+// Weights in blocks of 32, Q4_0, IQ4_NL and Q4_1, times several rows of activations.
 //
 // Why it is here. llama.cpp's kernel for Q4_0, which it keeps repacked, treats weights as signed bytes, which AVX2
 // cannot multiply with signed bytes: each product costs two more instructions for the sign, and each pair of products
@@ -8,6 +8,11 @@
 // the weights are unpacked once for all. The sums are exact integers, and what is done to them in floats is what
 // llama.cpp does, in its order: results are the same to the last bit, also as those of a single row, which llama.cpp's
 // kernel computes (it waits for memory, not for instructions).
+//
+// IQ4_NL stores places in a table of signed bytes of up to 127. A product of these and of an activation fits 16 bits,
+// a sum of four does not. So a value is taken apart: 127 more than it, 0 to 240, is 16 times one number below 16 plus
+// another, and each is added up in 16 bits like Q4_0's. Eight columns have twice the registers then, so that four
+// columns are computed after the other four.
 //
 // Q4_1 llama.cpp computes as so many single rows, unpacking a column's weights anew for each. Here they are
 // unpacked once for eight rows; again in its order of sums.
@@ -28,13 +33,14 @@
 namespace {
 
 constexpr int QK = 32;          // weights of a block
-constexpr int BLOCK_0 = 18;     // bytes of a block of Q4_0
+constexpr int BLOCK_0 = 18;     // bytes of a block of Q4_0, or IQ4_NL
 constexpr int BLOCK_0X8 = 144;  // of those of 8 columns, repacked
 constexpr int BLOCK_1 = 20;     // of a block of Q4_1
-constexpr int32_t OFFSET = 8;   // of a stored weight of Q4_0
+constexpr int32_t OFFSET_0 = 8;     // of a stored weight of Q4_0
+constexpr int32_t OFFSET_NL = 127;  // of a value of IQ4_NL: none is negative with it
 
-// A pass, block after block: first the values of each row, then a scale and the sum of each row: 8 times the
-// integers for Q4_0, scaled in 16 bits for Q4_1.
+// A pass, block after block: first the values of each row, then a scale and the sum of each row: of the integers
+// times the weights' offset for Q4_0 and IQ4_NL, scaled in 16 bits for Q4_1.
 constexpr size_t ACTIVATION_BYTES = QK + 2 * sizeof(float);
 int8_t * values(const Pass & p, int64_t block, int row) { return p.at + block * p.n * ACTIVATION_BYTES + row * QK; }
 float * scales(const Pass & p, int64_t block) { return (float *) values(p, block, p.n); }
@@ -43,8 +49,9 @@ float * scaled_sums(const Pass & p, int64_t block) { return scales(p, block) + p
 
 inline float in_16_bits(float x) { return _cvtsh_ss(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)); }
 
-// As ggml quantizes to Q8_0 and Q8_1: the largest becomes 127, the scale is kept in 16 bits.
-template <bool SCALED>
+// As ggml quantizes to Q8_0 and Q8_1: the largest becomes 127, the scale is kept in 16 bits. OFFSET: what weights
+// have, 0 for those whose sum is scaled.
+template <int32_t OFFSET>
 void quantize(const float * x, int64_t n_blocks, const Pass & pass, int row) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     for (int64_t b = 0; b < n_blocks; b++, x += QK) {
@@ -70,7 +77,7 @@ void quantize(const float * x, int64_t n_blocks, const Pass & pass, int row) {
         s = _mm_hadd_epi32(s, s);
         const int32_t sum = _mm_cvtsi128_si32(_mm_hadd_epi32(s, s));
         const float scale = most / 127.0f;
-        if (SCALED) {
+        if (OFFSET == 0) {
             scaled_sums(pass, b)[row] = in_16_bits(scale * sum);
         } else {
             sums(pass, b)[row] = OFFSET * sum;
@@ -130,6 +137,76 @@ void eight_columns(const ggml_tensor * tensor, int64_t column, const Pass & pass
     }
 }
 
+// IQ4_NL's values and 127, taken apart; twice, as AVX2 looks up 16 bytes at a time.
+struct Table {
+    alignas(32) uint8_t high[32], low[32];
+
+    constexpr Table() : high(), low() {
+        constexpr int VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+        for (int i = 0; i < 32; i++) {
+            high[i] = uint8_t((VALUES[i % 16] + OFFSET_NL) / 16);
+            low[i] = uint8_t((VALUES[i % 16] + OFFSET_NL) % 16);
+        }
+    }
+};
+constexpr Table TABLE;
+
+// Four columns of a block of eight, 0 to 3 or 4 to 7 from `weights` on, times each row: in pairs of 32 bits, two a
+// column.
+inline void four_columns(const uint8_t * weights, const Pass & pass, int64_t b, __m256i * pairs) {
+    const __m256i low_half = _mm256_set1_epi8(0x0f), ones = _mm256_set1_epi16(1), sixteens = _mm256_set1_epi16(16);
+    const __m256i high_of = _mm256_load_si256((const __m256i *) TABLE.high);
+    const __m256i low_of = _mm256_load_si256((const __m256i *) TABLE.low);
+    __m256i high[4], low[4];  // weights 8 i to 8 i + 7 of each column
+    for (int i = 0; i < 2; i++) {
+        const __m256i raw = _mm256_loadu_si256((const __m256i *) (weights + i * 64));
+        const __m256i first = _mm256_and_si256(raw, low_half);
+        const __m256i second = _mm256_and_si256(_mm256_srli_epi16(raw, 4), low_half);
+        high[i] = _mm256_shuffle_epi8(high_of, first);
+        low[i] = _mm256_shuffle_epi8(low_of, first);
+        high[i + 2] = _mm256_shuffle_epi8(high_of, second);
+        low[i + 2] = _mm256_shuffle_epi8(low_of, second);
+    }
+    for (int r = 0; r < pass.n; r++) {
+        const int64_t * x = (const int64_t *) values(pass, b, r);
+        __m256i sixteenth = _mm256_setzero_si256(), rest = sixteenth;  // in 16 bits
+        for (int i = 0; i < 4; i++) {
+            int64_t eight;
+            memcpy(&eight, x + i, sizeof eight);
+            const __m256i a = _mm256_set1_epi64x(eight);
+            sixteenth = _mm256_add_epi16(sixteenth, _mm256_maddubs_epi16(high[i], a));
+            rest = _mm256_add_epi16(rest, _mm256_maddubs_epi16(low[i], a));
+        }
+        pairs[r] = _mm256_add_epi32(_mm256_madd_epi16(sixteenth, sixteens), _mm256_madd_epi16(rest, ones));
+    }
+}
+
+void eight_columns_by_table(const ggml_tensor * tensor, int64_t column, const Pass & pass, float * to, size_t stride) {
+    const int64_t n_blocks = tensor->ne[0] / QK;
+    const uint8_t * weights = (const uint8_t *) tensor->data + column / 8 * n_blocks * BLOCK_0X8;
+    const __m256i order = _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7);
+    __m256i first[MAX_ROWS], second[MAX_ROWS];
+    __m256 acc[MAX_ROWS];
+    for (int r = 0; r < pass.n; r++) acc[r] = _mm256_setzero_ps();
+    for (int64_t b = 0; b < n_blocks; b++, weights += BLOCK_0X8) {
+        _mm_prefetch((const char *) weights + 8 * BLOCK_0X8, _MM_HINT_T0);
+        _mm_prefetch((const char *) weights + 8 * BLOCK_0X8 + 64, _MM_HINT_T0);
+        const __m256 in_order = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) weights));
+        const __m256 scale = _mm256_permutevar8x32_ps(in_order, order);
+        four_columns(weights + 16, pass, b, first);
+        four_columns(weights + 48, pass, b, second);
+        for (int r = 0; r < pass.n; r++) {
+            const __m256i sum = _mm256_sub_epi32(_mm256_hadd_epi32(first[r], second[r]),
+                                                 _mm256_set1_epi32(sums(pass, b)[r]));
+            const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(scales(pass, b)[r]));
+            acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), both, acc[r]);
+        }
+    }
+    for (int r = 0; r < pass.n; r++) {
+        _mm256_storeu_ps((float *) ((char *) to + r * stride), _mm256_permutevar8x32_ps(acc[r], order));
+    }
+}
+
 // One column of Q4_1 for R rows from `first` on.
 template <int R>
 inline void rows_of_column(const uint8_t * weights, int64_t n_blocks, const Pass & pass, int first, float * to,
@@ -174,7 +251,8 @@ void one_column(const ggml_tensor * tensor, int64_t column, const Pass & pass, f
 
 }  // namespace
 
-const MatmulKernel matmul_q4_0 = {QK, BLOCK_0, ACTIVATION_BYTES, 8, quantize<false>, eight_columns};
-const MatmulKernel matmul_q4_1 = {QK, BLOCK_1, ACTIVATION_BYTES, 1, quantize<true>, one_column};
+const MatmulKernel matmul_q4_0 = {QK, BLOCK_0, ACTIVATION_BYTES, 8, quantize<OFFSET_0>, eight_columns};
+const MatmulKernel matmul_iq4_nl = {QK, BLOCK_0, ACTIVATION_BYTES, 8, quantize<OFFSET_NL>, eight_columns_by_table};
+const MatmulKernel matmul_q4_1 = {QK, BLOCK_1, ACTIVATION_BYTES, 1, quantize<0>, one_column};
 
 #endif

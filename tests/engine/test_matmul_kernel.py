@@ -1,4 +1,4 @@
-"""Our kernel for Q4_0 and Q4_1 gives what llama.cpp's gives, to the last bit, for any number of rows.
+"""Our kernels for Q4_0, IQ4_NL and Q4_1 give what llama.cpp's gives, to the last bit, for any number of rows.
 
 Attention is llama.cpp's plain one on both sides, so that nothing else differs.
 """
@@ -13,7 +13,7 @@ from llama_cpp import llama_cpp as native
 
 from engine.kernels import library_path
 
-FILE_TYPES = {"Q4_0": 2, "Q4_1": 3}  # llama_ftype
+FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "IQ4_NL": 25}  # llama_ftype
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 40, 130)  # tokens of a call: rows below, at and above a pass
 
 COMPUTE = """
@@ -51,7 +51,7 @@ def quantized(request, smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.mktemp("quantized") / f"smollm2-{request.param}.gguf"
     parameters = native.llama_model_quantize_default_params()
     parameters.ftype, parameters.allow_requantize = FILE_TYPES[request.param], True
-    parameters.nthread = 2
+    parameters.nthread, parameters.pure = 2, True  # Q5_K beside IQ4_NL has other bits in llama.cpp
     assert native.llama_model_quantize(str(smollm2_gguf).encode(), str(path).encode(), parameters) == 0
     return path
 
