@@ -67,7 +67,6 @@ class Slot:
     tokens: list[int] = field(default_factory=list)
     namespace: Hashable = None
     sequence: Sequence | None = None
-    last_used: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ PURE = [
     "sequence",
     "prefix",
     "cells",
+    "worth",
     "stash",
     "holdings",
     "fairness",

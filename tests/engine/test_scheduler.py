@@ -189,14 +189,14 @@ def test_the_slot_that_is_longest_unused_gives_way_not_the_one_admitted_first():
 
 def test_a_slot_that_lends_its_prefix_is_used():
     model = fake(n_slots=3, n_batch=64, costs=Costs(copy=2))
-    for start in range(2):
+    for start in range(6):
         run(model, Sequence(start, prompt(40, start=start), max_tokens=1))
-    borrower = Sequence("borrower", (*prompt(10), 0), max_tokens=1)
+    borrower = Sequence("borrower", (*prompt(10, start=3), 0), max_tokens=1)
     run(model, borrower)
     assert borrower.n_cached == 10
-    run(model, Sequence("new", prompt(10, start=3), max_tokens=1))
+    run(model, Sequence("new", prompt(10, start=9), max_tokens=1))
     held = {slot.tokens[0] for slot in model.scheduler.slots}
-    assert held == {VOCABULARY, VOCABULARY + 3}
+    assert held == {VOCABULARY + 3, VOCABULARY + 9}, "the lender outlives who was used after it was written"
 
 
 def test_without_sharing_nothing_is_kept():
