@@ -170,8 +170,8 @@ class Holdings:
     ) -> State | None:
         """Copy a slot's tokens to a state, if the stash can take it.
 
-        `n_kept`: how many of them the slot will hold when this is done; None: all. It makes way for the others:
-        what the state is worth, and so who makes way for it, is reckoned without them.
+        `n_kept`: how many of them the slot will hold when this is done; None: all. The others are the state's
+        alone, which counts when it is decided who makes way for it.
         """
         slot = self.slots[index]
         size = self._size_bytes(index)

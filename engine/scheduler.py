@@ -18,7 +18,7 @@ The policy, in the order of the code:
 - Each writing sequence gets one token in every call, and guesses behind it when it has some; the rest of the
   call is filled with prompts, up to the size that the loop allows while others are writing; who runs more
   than its share gives way there, too (turns.py).
-- Sequences with other LoRA adapters cannot be in one call: sets of adapters take turns (next_adapters).
+- Sequences with other LoRA adapters cannot be in one call: sets of adapters take turns (rotation.py).
 - In a unified memory cells can run out: idle slots are dropped first (Holdings.make_room), then the youngest
   sequence of the lowest priority makes way (_with_cells).
 
@@ -30,13 +30,14 @@ What stays true whatever the policy (tests/engine/test_scheduler_traces.py):
 - If the one that deserves a slot most does not fit, nobody behind it is let in.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
 from engine.fairness import Charged, FairQueue
 from engine.holdings import Costs, Holdings, Source
 from engine.prefix import common_prefix
+from engine.rotation import Rotation
 from engine.sequence import Action, Begin, Chunk, Plan, Sequence, Slot
 from engine.stash import State
 from engine.turns import Limits, Turns
@@ -83,9 +84,9 @@ class Scheduler:
             token_bytes=token_bytes,
         )
         self.turns = Turns(self.queue, n_slots=n_slots)
+        self.rotation = Rotation()
         self.n_preempted = 0
         self._n_calls_with_gaps = 0
-        self._turns: dict[Hashable, int] = {}  # of adapters: when they were decoded last
 
     # What there is
 
@@ -275,6 +276,7 @@ class Scheduler:
         self.held.leave(index, saved=sequence.state is not None)
         sequence.slot, sequence.leader = None, None
         sequence.n_computed = sequence.n_missed = 0
+        sequence.gave_way = False
         if not self.held.share_prefixes:
             self.held.drop(index, actions)
 
@@ -409,38 +411,33 @@ class Scheduler:
         limits: Limits = Limits(),  # noqa: B008  (frozen)
         drafts: Mapping[Sequence, list[int]] | None = None,
     ) -> Plan:
-        """The next call; `limits`: tokens of prompts that it may hold while anybody is writing, `drafts`:
-        guesses of who writes."""
+        """The next call.
+
+        `limits`: tokens of prompts between two of who writes; `drafts`: guesses of who does.
+        """
         actions: list[Action] = []
         self.queue.called()
-        group = self._with_cells(self._group(), actions)
+        group = self._with_cells(lambda: self.rotation.group(self.running, self._limit(limits)), actions)
+        adapters = group[0].adapters if group else ()
+        portion = self.rotation.portion(adapters, self.running, self._limit(limits))
         cells = self.held.cells
         room = self.n_batch if cells is None else min(self.n_batch, cells.n_free)
-        if not any(each.is_writing for each in self.running):
-            limits = replace(limits, prompt=None)  # who writes with other adapters waits for this call too
-        chunks = self.turns.chunks(group, room=room, limits=limits, drafts=drafts or {})
-        return Plan(chunks, actions, group[0].adapters if group else ())
+        now = replace(limits, prompt=portion)
+        chunks = self.turns.chunks(group, self.running, room=room, limits=now, drafts=drafts or {})
+        return Plan(chunks, actions, adapters)
+
+    def _limit(self, limits: Limits) -> int | None:
+        """Who writes with other adapters waits for this call too."""
+        return limits.prompt if any(each.is_writing for each in self.running) else None
 
     @property
     def next_adapters(self) -> Hashable:
-        """Whose turn the next call is, as far as can be told before its cells are counted."""
-        newest = max(self._turns.values(), default=0)  # who comes, or comes back, is behind those that wait
-        sets = dict.fromkeys(each.adapters for each in self.running)
-        return min(sets, key=lambda adapters: self._turns.get(adapters, newest), default=())
+        """Whose turn the next call is if nobody reads a prompt, and before its cells are counted."""
+        return self.rotation.next(self.running)
 
-    def _group(self) -> list[Sequence]:
-        """Running sequences of one set of adapters: that which was decoded longest ago."""
-        running = self.running
-        if all(each.adapters == running[0].adapters for each in running):
-            self._turns.clear()
-            return running
-        chosen, newest = self.next_adapters, max(self._turns.values(), default=0)
-        self._turns = {each.adapters: self._turns.get(each.adapters, newest) for each in running}
-        self._turns[chosen] = newest + 1
-        return [each for each in running if each.adapters == chosen]
-
-    def _with_cells(self, group: list[Sequence], actions: list[Action]) -> list[Sequence]:
-        """Let the youngest make way until the others' next tokens have cells; who is left of the group."""
+    def _with_cells(self, choose: Callable[[], list[Sequence]], actions: list[Action]) -> list[Sequence]:
+        """Let the youngest make way until the next tokens of the chosen have cells; who is left of them."""
+        group = choose()
         while True:
             n_writing = sum(each.is_writing for each in group)
             if self.held.make_room(n_writing + (n_writing < len(group)), actions):
@@ -448,7 +445,7 @@ class Scheduler:
             victim = self._first_to_go(self.running)
             assert len(self.running) > 1, "one sequence alone always fits"
             self._preempt(victim, actions)
-            group = [each for each in group if each is not victim] or self._group()
+            group = [each for each in group if each is not victim] or choose()
 
     def _by_age(self) -> list[Sequence]:
         """Running sequences, the first admitted first."""

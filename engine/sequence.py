@@ -30,6 +30,7 @@ class Sequence:
     leader: "Sequence | None" = None  # computes the first n_shared tokens of this prompt
     n_shared: int = 0
     n_missed: int = 0  # tokens of others' prompts, computed in calls without this one since it wrote last
+    gave_way: bool = False  # the last call of its adapters was without it, though it writes
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)

@@ -2,8 +2,8 @@
 
 A state is what a slot held when somebody else needed the slot, or a running sequence that had to make way.
 Full memory first moves its least worthy state to disk, if there is a disk budget; a full disk throws its own
-away. Worth (worth.py) is the cost to compute a state's tokens again, a byte; what others hold too costs nothing,
-and is not worth a place on disk. Pure.
+away. Worth (worth.py) is the cost to compute a state's tokens again, a byte; what others hold too costs
+nothing, and is not worth a place on disk. Pure.
 """
 
 from collections.abc import Callable, Hashable, KeysView
@@ -49,8 +49,8 @@ class Discard:
 class Stash:
     """The states and their bytes.
 
-    `cost` tells how many tokens would have to be computed again if a state were lost, `forget` is told of those
-    that are thrown away, before the next cost is asked for.
+    `cost` tells how many tokens would have to be computed again if a state were lost, `forget` is told of
+    those that are thrown away, before the next cost is asked for.
     """
 
     def __init__(

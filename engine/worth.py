@@ -1,9 +1,9 @@
 """Who gives way where room is short: whatever is worth least, by last use and by what its loss would cost.
 
-GreedyDual-Size (Cao and Irani, 1997): worth is the cost of a loss for the room that it makes, on top of what the
-least worth was when it was last of use; so that what is dear outlives what is cheap, but not for ever. Costs
-are asked for anew whenever somebody must go, since they change: what another one holds too costs nothing, and
-much once that one is gone. Pure.
+GreedyDual-Size (Cao and Irani, 1997): worth is the cost of a loss for the room that it makes, on top of what
+the least worth was when it was last of use; so that what is dear outlives what is cheap, but not for ever.
+Costs are asked for anew whenever somebody must go, since they change: what another one holds too costs
+nothing, and much once that one is gone. Pure.
 """
 
 from collections.abc import Callable, Hashable, Iterable

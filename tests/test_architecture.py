@@ -57,6 +57,7 @@ PURE = [
     "holdings",
     "fairness",
     "scheduler",
+    "rotation",
     "turns",
     "pace",
     "lookup",

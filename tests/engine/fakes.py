@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 from engine.prefix import PrefixTree
 from engine.scheduler import Scheduler
@@ -31,6 +32,7 @@ class FakeModel:
     calls: list[list[Chunk]] = field(default_factory=list)
     computed: dict[object, int] = field(default_factory=dict)  # id -> tokens computed for it
     waited: dict[Sequence, int] = field(default_factory=dict)  # calls since a stream was in one
+    stalls: dict[Sequence, tuple[int, float]] = field(default_factory=dict)  # of prompts, and the limit
     numbers: itertools.count = field(default_factory=itertools.count)
 
     def step(
@@ -43,8 +45,9 @@ class FakeModel:
         """Admit, compute, write; the sequences that ended."""
         self.act(self.scheduler.admit())
         expected, n_preempted = self.scheduler.next_adapters, self.scheduler.n_preempted
+        reads = any(not each.is_writing for each in self.scheduler.running)
         plan = self.scheduler.plan(limits=Limits(n_prompt, n_brief), drafts=drafts)
-        assert plan.adapters == expected or self.scheduler.n_preempted > n_preempted
+        assert plan.adapters == expected or reads or self.scheduler.n_preempted > n_preempted
         self.act(plan.actions)
         self.check_plan(plan, n_prompt)
         self.calls.append(plan.chunks)
@@ -102,8 +105,19 @@ class FakeModel:
         prompts = [len(chunk.tokens) for chunk in chunks if not chunk.is_writing]
         if n_prompt is not None and any(each.is_writing for each in self.scheduler.running):
             assert sum(prompts) <= n_prompt + n_prompt // 5
-
+        self.check_stall(plan, sum(prompts), n_prompt)
         self.check_turns(plan)
+
+    def check_stall(self, plan: Plan, n_tokens: int, n_prompt: int | None) -> None:
+        """Between two tokens of a stream there are no more of prompts, whosever, than a call may hold."""
+        called = {chunk.sequence for chunk in plan.chunks}
+        before, self.stalls = self.stalls, {}
+        for each in self.scheduler.running:
+            if each.is_writing:
+                heard, most = before.get(each, (0, 0))
+                heard, most = heard + n_tokens, max(most, inf if n_prompt is None else n_prompt)
+                assert heard <= most * 1.2, "a stream waits for too much of prompts"
+                self.stalls[each] = (0, 0) if each in called else (heard, most)
 
     def check_turns(self, plan: Plan) -> None:
         """Who writes is soon in a call, and who waits for a leader is behind nobody less deserving."""
