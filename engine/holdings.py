@@ -101,7 +101,7 @@ class Holdings:
             for holder in match.holders:
                 assert isinstance(holder, int | State)
                 can_come = holder is sequence.state or self._can_come(holder)
-                if can_come and self._can_be_cut(holder, match.length):
+                if can_come and self._can_bring(holder, match.length, sequence):
                     value = match.length - self.cost(holder, match.length)
                     if value > gain or (value == gain and value and isinstance(holder, int)):
                         best, gain = (holder, match.length), value
@@ -111,8 +111,8 @@ class Holdings:
         """Of bringing so many tokens from there, in tokens."""
         if isinstance(holder, State):
             return self.costs.restore if holder.tier == "ram" else self.costs.load
-        if self.slots[holder].sequence is None and self._is_mostly(holder, length):
-            return 0  # the slot itself is taken
+        if self.slots[holder].sequence is None and self._is_taken(holder, length):
+            return 0
         return self.costs.copy + int(self.costs.copied * len(self.slots[holder].tokens))
 
     def begin(self, sequence: Sequence, source: Source, length: int, actions: list[Action]) -> None:
@@ -121,6 +121,8 @@ class Holdings:
         assert index is not None
         slot = self.slots[index]
         slot.tokens, slot.namespace = sequence.tokens[:length], sequence.namespace
+        if source != index:
+            slot.n_brought = length if length >= self.n_window else 0
         if isinstance(source, State):
             self.stash.touch(source)
         elif source is not None and source != index:
@@ -193,7 +195,7 @@ class Holdings:
 
     def drop(self, index: int, actions: list[Action]) -> None:
         """Forget what a slot holds."""
-        self.slots[index].tokens = []
+        self.slots[index].tokens, self.slots[index].n_brought = [], 0
         self.tree.release(index)
         if self.cells is not None:
             self.cells.cut(index, 0)
@@ -238,7 +240,14 @@ class Holdings:
 
     def _n_alone(self, holder: int | State) -> int:
         """Tokens that would have to be computed again if what this one holds were lost."""
-        return self.tree.n_alone(holder)
+        if not self.n_window:
+            return self.tree.n_alone(holder)
+        held = holder if isinstance(holder, State) else self.slots[holder]
+        for match in self.tree.matches(held.tokens, held.namespace):
+            others = [each for each in match.holders if isinstance(each, int | State) and each != holder]
+            if any(self._can_copy(other, match.length) for other in others):
+                return len(held.tokens) - match.length
+        return len(held.tokens)
 
     def _size_bytes(self, index: int) -> int:
         """Of a state of what a slot holds."""
@@ -250,12 +259,25 @@ class Holdings:
         if min(n_lost, self._n_alone(index)) >= MIN_SAVED:
             self.save(index, actions, n_kept=n_kept)
 
-    def _can_be_cut(self, holder: int | State, length: int) -> bool:
-        """Sliding windows: whether the cells that the last of these tokens looks back on are there."""
-        if not self.n_window:
+    def _can_bring(self, holder: int | State, length: int, sequence: Sequence) -> bool:
+        """Whether a sequence can go on from the first `length` tokens of a holder."""
+        if self._can_copy(holder, length):
             return True
+        # Where it is, a stream keeps every cell that was computed in it (Context.open: swa_full).
+        if isinstance(holder, State) or self.cells is not None:
+            return False
+        slot = self.slots[holder]
+        stays = slot.sequence is None if sequence.slot is None else sequence.slot == holder
+        return stays and slot.n_brought <= length
+
+    def _can_copy(self, holder: int | State, length: int) -> bool:
+        """Whether the cells that the next token looks back on would come along.
+
+        In layers with a window llama.cpp saves no others than those that the holder's own next token would
+        look back on, and in a unified memory it overwrites the others when it likes.
+        """
         held = len(holder.tokens if isinstance(holder, State) else self.slots[holder].tokens)
-        return held < self.n_window or held <= length
+        return held < self.n_window or held <= length or not self.n_window
 
     def _can_come(self, holder: int | State) -> bool:
         """Whether cells for all of a state are there: it comes whole, however little of it is wanted."""
@@ -263,17 +285,17 @@ class Holdings:
             return True
         return holder.length <= self.n_available()
 
-    def _is_mostly(self, index: int, length: int) -> bool:
-        """Whether that is at least half of what a slot holds."""
-        return 2 * length >= len(self.slots[index].tokens)
+    def _is_taken(self, index: int, length: int) -> bool:
+        """Whether an idle slot is taken itself and not copied: it loses no more than half, or cannot be."""
+        return 2 * length >= len(self.slots[index].tokens) or not self._can_copy(index, length)
 
     def _target(self, free: list[int], source: Source, length: int) -> int:
         """The idle slot that holds most of it already, else an empty one, else the least worthy.
 
         In streams, of those beside or between running ones, where there are any (Scheduler._close_ranks).
         """
-        if isinstance(source, int) and source in free and self._is_mostly(source, length):
-            return source  # no copy, and little or nothing is lost
+        if isinstance(source, int) and source in free and self._is_taken(source, length):
+            return source
         others = [index for index in free if index != source] or free
         busy = self.busy
         if self.cells is None and busy:

@@ -14,7 +14,7 @@ The policy, in the order of the code:
 - A sequence begins with the longest prefix that anybody holds, busy or idle, less what bringing it costs
   (Holdings.source), if there are cells for it and for what others have yet to read (_needed).
 - Of prompts that begin alike, the oldest computes the common part; the others wait for it and share its cells
-  (_leader, _join).
+  (leaders.py, _join).
 - Each writing sequence gets one token in every call, and guesses behind it when it has some; the rest of the
   call is filled with prompts, up to the size that the loop allows while others are writing; who runs more
   than its share gives way there, too (turns.py).
@@ -36,13 +36,12 @@ from dataclasses import replace
 
 from engine.fairness import Charged, FairQueue
 from engine.holdings import Costs, Holdings, Source
-from engine.prefix import common_prefix
+from engine.leaders import leader_of, may_join
 from engine.rotation import Rotation
 from engine.sequence import Action, Begin, Chunk, Plan, Sequence, Slot
 from engine.stash import State
 from engine.turns import Limits, Turns
 
-MIN_SHARED = 32  # tokens worth waiting for until another sequence has computed them
 MIN_MOVED = 16  # tokens worth saving when a sequence makes way
 PATIENCE = 4  # calls that a gap between running sequences may last: often the next request fills it
 GROWTH = 16  # tokens that each running sequence may be expected to write before another one ends
@@ -66,10 +65,9 @@ class Scheduler:
     ) -> None:
         """`n_cells`: of a unified memory, at least what one sequence can need; None: each slot has its own.
 
-        `n_window`: the tokens that attention looks back on in some layers; 0 for all. Cells that a
-        sequence's window has left behind may be overwritten, so that only what reaches to the end of a
-        holder, or a holder shorter than the window, can be shared. `ram_bytes`, `disk_bytes`: budgets of
-        saved states, `token_bytes`: what a token of theirs takes.
+        `n_window`: the tokens that attention looks back on in some layers; 0 for all. Of longer prefixes a
+        copy has no more, so that only the whole of what somebody holds can be copied (Holdings._can_copy).
+        `ram_bytes`, `disk_bytes`: budgets of saved states, `token_bytes`: what a token of theirs takes.
         """
         self.n_batch = n_batch
         self.queue: FairQueue[Sequence] = FairQueue()
@@ -83,7 +81,7 @@ class Scheduler:
             disk_bytes=disk_bytes,
             token_bytes=token_bytes,
         )
-        self.turns = Turns(self.queue, n_slots=n_slots)
+        self.turns = Turns(self.queue, n_slots=n_slots, leaders_stop=bool(n_window))
         self.rotation = Rotation()
         self.n_preempted = 0
         self._n_calls_with_gaps = 0
@@ -191,7 +189,7 @@ class Scheduler:
         actions: list[Action] = []
         if any(slot.sequence is not None and slot.sequence.leader for slot in self.slots):
             for each in self._by_age():
-                if each.leader and self._may_join(each):
+                if may_join(each):
                     self._join(each, actions)
         while (sequence := self._next()) is not None:
             if not self._place(sequence, actions):
@@ -367,25 +365,11 @@ class Scheduler:
 
     def _leader(self, sequence: Sequence, length: int) -> tuple[Sequence | None, int]:
         """Whom to follow, and how many tokens of it."""
-        leader, n_shared = None, length + max(MIN_SHARED - 1, self.held.costs.copy)
-        if not self.held.share_prefixes or self.held.n_window:
-            return leader, n_shared
-        wanted = sequence.tokens[:-1]  # the logits of the last one are needed
-        for older in self._by_age():
-            if older is sequence or len(wanted) <= n_shared:
-                break
-            if older.leader is not None or older.is_writing or older.namespace != sequence.namespace:
-                continue
-            # Where one more than the best so far is the same, and only there, the whole is compared.
-            more = n_shared + 1
-            if older.tokens[n_shared:more] == wanted[n_shared:more] and older.tokens[:more] == wanted[:more]:
-                leader, n_shared = older, common_prefix(older.tokens, wanted)
-        return leader, n_shared
-
-    def _may_join(self, sequence: Sequence) -> bool:
-        """Whether the leader has computed the common part, or has ended before."""
-        leader = sequence.leader
-        return leader is not None and (leader.slot is None or leader.n_computed >= sequence.n_shared)
+        held = self.held
+        if not held.share_prefixes:
+            return None, length
+        stops = bool(held.n_window)
+        return leader_of(sequence, length, self._by_age(), cost=held.costs.copy, stops=stops)
 
     def _join(self, sequence: Sequence, actions: list[Action]) -> None:
         """Take what another slot has now, or saved, if that is worth bringing; look for the next leader."""

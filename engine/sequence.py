@@ -68,6 +68,7 @@ class Slot:
     tokens: list[int] = field(default_factory=list)
     namespace: Hashable = None
     sequence: Sequence | None = None
+    n_brought: int = 0  # of the tokens: copied or restored, without what their window had left behind
 
 
 @dataclass(frozen=True, slots=True)

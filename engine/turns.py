@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.fairness import FairQueue
+from engine.leaders import stops
 from engine.rotation import MIN_PORTION
 from engine.sequence import Chunk, Sequence
 
@@ -44,8 +45,10 @@ class _Members:
 class Turns:
     """Remembers whose turn it was."""
 
-    def __init__(self, queue: FairQueue[Sequence], *, n_slots: int) -> None:
+    def __init__(self, queue: FairQueue[Sequence], *, n_slots: int, leaders_stop: bool = False) -> None:
+        """`leaders_stop`: where their followers go on, until those have what the leaders hold."""
         self._queue = queue
+        self._stops = leaders_stop
         self._n_slots = n_slots
         self._gave_way = False  # the last prompts were of others than who is over its share
 
@@ -74,7 +77,7 @@ class Turns:
             room -= sum(len(chunk.tokens) for chunk in chunks)
             portion = room if now.portion is None else min(room, now.portion)
             most = room if len(group) == len(running) else portion  # of each set it would be a fifth more
-            chunks += _portions(now.prompts, portion, most)
+            chunks += _portions(now.prompts, stops(group) if self._stops else {}, portion, most)
         _count_missed(running, everybody, chunks)
         return chunks
 
@@ -132,8 +135,8 @@ def _written(writers: list[Sequence], room: int, drafts: Mapping[Sequence, list[
     return chunks
 
 
-def _portions(prompts: list[Sequence], room: int, most: int) -> list[Chunk]:
-    """As much of the prompts as there is room for.
+def _portions(prompts: list[Sequence], ends: Mapping[Sequence, int], room: int, most: int) -> list[Chunk]:
+    """As much of the prompts, up to the ends of some, as there is room for.
 
     `room` may be exceeded by a fifth, within `most`, if that spares a call for the rest of a prompt.
     """
@@ -141,9 +144,10 @@ def _portions(prompts: list[Sequence], room: int, most: int) -> list[Chunk]:
     for each in prompts:
         if room <= 0:
             break
-        start, missing = each.n_computed, len(each.tokens) - each.n_computed
+        start, missing = each.n_computed, ends.get(each, len(each.tokens)) - each.n_computed
         length = missing if missing <= min(most, room + room // 5) else room
-        chunks.append(Chunk(each, each.tokens[start : start + length], start, samples=length == missing))
+        end = start + length
+        chunks.append(Chunk(each, each.tokens[start:end], start, samples=end == len(each.tokens)))
         room, most = room - length, most - length
     return chunks
 

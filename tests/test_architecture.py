@@ -57,6 +57,7 @@ PURE = [
     "holdings",
     "fairness",
     "scheduler",
+    "leaders",
     "rotation",
     "turns",
     "pace",
