@@ -429,7 +429,9 @@ class Scheduler:
             victim = self._first_to_go(self.running)
             assert len(self.running) > 1, "one sequence alone always fits"
             self._preempt(victim, actions)
-            group = [each for each in group if each is not victim] or choose()
+            group = [each for each in group if each is not victim]
+            if not any(each.is_writing for each in group):  # then their prompts may have to wait
+                group = choose()
 
     def _by_age(self) -> list[Sequence]:
         """Running sequences, the first admitted first."""
