@@ -273,8 +273,7 @@ class Scheduler:
         self.queue.ended(sequence)
         self.held.leave(index, saved=sequence.state is not None)
         sequence.slot, sequence.leader = None, None
-        sequence.n_computed = sequence.n_missed = 0
-        sequence.gave_way = False
+        sequence.n_computed, sequence.gave_way = 0, False
         if not self.held.share_prefixes:
             self.held.drop(index, actions)
 

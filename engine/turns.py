@@ -157,7 +157,9 @@ def _count_missed(running: list[Sequence], writers: list[Sequence], chunks: list
     n_prompt = sum(len(chunk.tokens) for chunk in chunks if not chunk.is_writing)
     present = {chunk.sequence for chunk in chunks}
     for each in running:
-        if each.is_writing:
-            each.n_missed = 0 if each in present else each.n_missed + n_prompt
+        if each in present:
+            each.n_missed = 0
+        elif each.is_writing:
+            each.n_missed += n_prompt
     for each in writers:
         each.gave_way = each not in present
