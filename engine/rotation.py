@@ -3,7 +3,7 @@
 Sequences with other LoRA adapters cannot be in one call, so the sets of adapters take turns, first the one
 that was decoded longest ago. Who writes waits while others have theirs, and then for the prompts of its own
 call. Of all those calls together the tokens of prompts are bounded by the limit of one call, whatever the
-number of sets:
+number of sets (of a single set it may be a fifth more, to spare a call: turns.py):
 - It is divided among the sets that have prompts, MIN_PORTION at least for each.
 - What a writing sequence has missed since it wrote last (Sequence.n_missed) counts against the limit. Where
   too little is left, prompts wait, those of a set that only has prompts with their turn.
