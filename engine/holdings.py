@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from engine.cells import Cells
 from engine.prefix import PrefixTree
 from engine.sequence import Action, Begin, Drop, Save, Sequence, Slot
-from engine.stash import Discard, Stash, State
-
-MIN_SAVED = 64  # tokens worth saving
+from engine.stash import MIN_SAVED, Discard, Stash, State
+from engine.worth import Worth
 
 Source = int | State | None  # a slot, a saved state, or nobody
 
@@ -51,8 +50,11 @@ class Holdings:
         self.slots = [Slot() for _ in range(n_slots)]
         self.cells = None if n_cells is None else Cells(n_cells, n_slots)
         self.tree = PrefixTree()
-        self.stash = Stash(ram_bytes=ram_bytes, disk_bytes=disk_bytes, n_alone=self.tree.n_alone)
-        self._turn = 0
+        self.stash = Stash(
+            ram_bytes=ram_bytes, disk_bytes=disk_bytes, cost=self._n_alone, forget=self.tree.release
+        )
+        self._worth: Worth[int] = Worth()  # of slots
+        self._n_taken = 0
 
     @property
     def busy(self) -> list[int]:
@@ -64,7 +66,7 @@ class Holdings:
         actions: list[Action] = []
         for state in states:
             self.tree.hold(state, state.tokens, state.namespace)
-            actions += self._forgotten(self.stash.add(state))
+            actions += self.stash.add(state)
         return actions
 
     def retire(self) -> list[Action]:
@@ -72,9 +74,12 @@ class Holdings:
         actions: list[Action] = []
         if not self.stash.budgets["disk"]:
             return actions
-        for index in sorted(range(len(self.slots)), key=self._last_used):
+        idle = self._idle(None)
+        while (index := self._worth.least(idle, self._rate)) is not None:
+            idle.discard(index)
             self._rescue(index, actions)
-        actions += self._forgotten(self.stash.empty("ram"))
+            self.drop(index, actions)
+        actions += self.stash.empty("ram")
         return actions
 
     def append(self, index: int, tokens: list[int], namespace: Hashable) -> None:
@@ -96,7 +101,7 @@ class Holdings:
             for holder in match.holders:
                 assert isinstance(holder, int | State)
                 can_come = holder is sequence.state or self._can_come(holder)
-                if can_come and self._can_be_cut(holder, match.length):
+                if can_come and self._can_bring(holder, match.length, sequence):
                     value = match.length - self.cost(holder, match.length)
                     if value > gain or (value == gain and value and isinstance(holder, int)):
                         best, gain = (holder, match.length), value
@@ -106,8 +111,8 @@ class Holdings:
         """Of bringing so many tokens from there, in tokens."""
         if isinstance(holder, State):
             return self.costs.restore if holder.tier == "ram" else self.costs.load
-        if self.slots[holder].sequence is None and self._is_mostly(holder, length):
-            return 0  # the slot itself is taken
+        if self.slots[holder].sequence is None and self._is_taken(holder, length):
+            return 0
         return self.costs.copy + int(self.costs.copied * len(self.slots[holder].tokens))
 
     def begin(self, sequence: Sequence, source: Source, length: int, actions: list[Action]) -> None:
@@ -116,10 +121,12 @@ class Holdings:
         assert index is not None
         slot = self.slots[index]
         slot.tokens, slot.namespace = sequence.tokens[:length], sequence.namespace
+        if source != index:
+            slot.n_brought = length if length >= self.n_window else 0
         if isinstance(source, State):
             self.stash.touch(source)
         elif source is not None and source != index:
-            self._use(source)
+            self._worth.use(source)
         if self.cells is not None:
             if source == index:
                 self.cells.cut(index, length)
@@ -136,17 +143,19 @@ class Holdings:
         free = [index for index, slot in enumerate(self.slots) if slot.sequence is None]
         target = self._target(free, source, length)
         self._rescue(target, actions, n_kept=length if target == source else 0)
-        self._use(target)
+        self._worth.use(target)
         self.slots[target].sequence = sequence
-        sequence.slot, sequence.age = target, self._turn
+        self._n_taken += 1
+        sequence.slot, sequence.age = target, self._n_taken
         self.begin(sequence, source, length, actions)
 
     def leave(self, index: int, *, saved: bool = False) -> None:
         """A slot's sequence goes; what it holds stays until somebody else needs it, if `saved` the first."""
         self.slots[index].sequence = None
-        self._use(index)
         if saved:
-            self.slots[index].last_used = 0
+            self._worth.forget(index)
+        else:
+            self._worth.use(index)
 
     def move(self, sequence: Sequence, target: int, actions: list[Action]) -> None:
         """Give a running sequence an idle slot instead of its own, with all that it has computed."""
@@ -154,40 +163,46 @@ class Holdings:
         assert source is not None
         self._rescue(target, actions)
         self.slots[target].sequence, self.slots[source].sequence = sequence, None
-        self.slots[target].last_used = self.slots[source].last_used
         sequence.slot = target
         self.begin(sequence, source, sequence.n_computed, actions)
         self.drop(source, actions)
 
-    def save(self, index: int, actions: list[Action], *, pinned: bool = False) -> State | None:
-        """Copy a slot's tokens to a state, if the stash can take it."""
+    def save(
+        self, index: int, actions: list[Action], *, pinned: bool = False, n_kept: int | None = None
+    ) -> State | None:
+        """Copy a slot's tokens to a state, if the stash can take it.
+
+        `n_kept`: how many of them the slot will hold when this is done; None: all. The others are the state's
+        alone, which counts when it is decided who makes way for it.
+        """
         slot = self.slots[index]
-        size = len(slot.tokens) * self.token_bytes
+        size = self._size_bytes(index)
         if not self.share_prefixes or not self.stash.fits(size, pinned=pinned):
             return None
         state = State(list(slot.tokens), slot.namespace, size, pinned=pinned)
         self.tree.hold(state, state.tokens, state.namespace)
+        if n_kept is not None:
+            self.tree.hold(index, slot.tokens[:n_kept], slot.namespace)
         actions.append(Save(index, state))
-        actions += self._forgotten(self.stash.add(state))
+        actions += self.stash.add(state)
         return state
 
     def discard(self, state: State, actions: list[Action]) -> None:
         """A state is of no use any more."""
         if state in self.stash.states:
             self.stash.remove(state)
-            self.tree.release(state)
             actions.append(Discard(state))
 
     def drop(self, index: int, actions: list[Action]) -> None:
         """Forget what a slot holds."""
-        self.slots[index].tokens = []
+        self.slots[index].tokens, self.slots[index].n_brought = [], 0
         self.tree.release(index)
         if self.cells is not None:
             self.cells.cut(index, 0)
         actions.append(Drop(index))
 
     def make_room(self, needed: int, actions: list[Action], *, keep: Source = None) -> bool:
-        """Drop idle slots of a unified memory, the longest unused first, until `needed` cells are free.
+        """Drop idle slots of a unified memory, the least worthy first, until `needed` cells are free.
 
         None of them if all would not do.
         """
@@ -195,10 +210,11 @@ class Holdings:
             return True
         if self.n_available(keep=keep) < needed:
             return False
-        for index in sorted(self._idle(keep), key=self._last_used):
-            if self.cells.n_free < needed:
-                self._rescue(index, actions)
-                self.drop(index, actions)
+        while self.cells.n_free < needed:
+            index = self._worth.least(self._idle(keep), self._rate)
+            assert index is not None, "n_available counted them"
+            self._rescue(index, actions)
+            self.drop(index, actions)
         return True
 
     def n_available(self, *, keep: Source = None, also: Iterable[int] = ()) -> int:
@@ -214,26 +230,54 @@ class Holdings:
             if slot.sequence is None and slot.tokens and index != keep
         }
 
-    def _use(self, index: int) -> None:
-        self._turn += 1
-        self.slots[index].last_used = self._turn
+    def _rate(self, index: int) -> float:
+        """What it costs if an idle slot gives way, for the room that it makes: a slot, or cells."""
+        n_lost = self._n_alone(index)
+        if n_lost >= MIN_SAVED and self.stash.fits(self._size_bytes(index)):  # it comes back from there
+            copied = int(self.costs.copied * len(self.slots[index].tokens))
+            n_lost = min(n_lost, self.costs.restore + copied)
+        return n_lost if self.cells is None else n_lost / max(1, self.cells.n_alone({index}))
 
-    def _last_used(self, index: int) -> int:
-        """Which of idle slots gives way first: the smallest."""
-        return self.slots[index].last_used
+    def _n_alone(self, holder: int | State) -> int:
+        """Tokens that would have to be computed again if what this one holds were lost."""
+        if not self.n_window:
+            return self.tree.n_alone(holder)
+        held = holder if isinstance(holder, State) else self.slots[holder]
+        for match in self.tree.matches(held.tokens, held.namespace):
+            others = [each for each in match.holders if isinstance(each, int | State) and each != holder]
+            if any(self._can_copy(other, match.length) for other in others):
+                return len(held.tokens) - match.length
+        return len(held.tokens)
+
+    def _size_bytes(self, index: int) -> int:
+        """Of a state of what a slot holds."""
+        return len(self.slots[index].tokens) * self.token_bytes
 
     def _rescue(self, index: int, actions: list[Action], *, n_kept: int = 0) -> None:
         """A slot will lose all but `n_kept` tokens: save it if what only it holds of them is much."""
         n_lost = len(self.slots[index].tokens) - n_kept
-        if min(n_lost, self.tree.n_alone(index)) >= MIN_SAVED:
-            self.save(index, actions)
+        if min(n_lost, self._n_alone(index)) >= MIN_SAVED:
+            self.save(index, actions, n_kept=n_kept)
 
-    def _can_be_cut(self, holder: int | State, length: int) -> bool:
-        """Sliding windows: whether the cells that the last of these tokens looks back on are there."""
-        if not self.n_window:
+    def _can_bring(self, holder: int | State, length: int, sequence: Sequence) -> bool:
+        """Whether a sequence can go on from the first `length` tokens of a holder."""
+        if self._can_copy(holder, length):
             return True
+        # Where it is, a stream keeps every cell that was computed in it (Context.open: swa_full).
+        if isinstance(holder, State) or self.cells is not None:
+            return False
+        slot = self.slots[holder]
+        stays = slot.sequence is None if sequence.slot is None else sequence.slot == holder
+        return stays and slot.n_brought <= length
+
+    def _can_copy(self, holder: int | State, length: int) -> bool:
+        """Whether the cells that the next token looks back on would come along.
+
+        In layers with a window llama.cpp saves no others than those that the holder's own next token would
+        look back on, and in a unified memory it overwrites the others when it likes.
+        """
         held = len(holder.tokens if isinstance(holder, State) else self.slots[holder].tokens)
-        return held < self.n_window or held <= length
+        return held < self.n_window or held <= length or not self.n_window
 
     def _can_come(self, holder: int | State) -> bool:
         """Whether cells for all of a state are there: it comes whole, however little of it is wanted."""
@@ -241,27 +285,24 @@ class Holdings:
             return True
         return holder.length <= self.n_available()
 
-    def _is_mostly(self, index: int, length: int) -> bool:
-        """Whether that is at least half of what a slot holds."""
-        return 2 * length >= len(self.slots[index].tokens)
+    def _is_taken(self, index: int, length: int) -> bool:
+        """Whether an idle slot is taken itself and not copied: it loses no more than half, or cannot be."""
+        return 2 * length >= len(self.slots[index].tokens) or not self._can_copy(index, length)
 
     def _target(self, free: list[int], source: Source, length: int) -> int:
-        """The idle slot that holds most of it already, else the one whose tokens were used longest ago.
+        """The idle slot that holds most of it already, else an empty one, else the least worthy.
 
         In streams, of those beside or between running ones, where there are any (Scheduler._close_ranks).
         """
-        if isinstance(source, int) and source in free and self._is_mostly(source, length):
-            return source  # no copy, and little or nothing is lost
+        if isinstance(source, int) and source in free and self._is_taken(source, length):
+            return source
         others = [index for index in free if index != source] or free
         busy = self.busy
         if self.cells is None and busy:
             others = [index for index in others if busy[0] - 1 <= index <= busy[-1] + 1] or others
         empty = [index for index in others if not self.slots[index].tokens]
-        return empty[0] if empty else min(others, key=self._last_used)
-
-    def _forgotten(self, gone: Iterable[Action]) -> list[Action]:
-        done = list(gone)
-        for each in done:
-            if isinstance(each, Discard):
-                self.tree.release(each.state)
-        return done
+        if empty:
+            return empty[0]
+        target = self._worth.least(others, self._rate)
+        assert target is not None, "somebody asked for a slot without there being one"
+        return target

@@ -14,11 +14,11 @@ The policy, in the order of the code:
 - A sequence begins with the longest prefix that anybody holds, busy or idle, less what bringing it costs
   (Holdings.source), if there are cells for it and for what others have yet to read (_needed).
 - Of prompts that begin alike, the oldest computes the common part; the others wait for it and share its cells
-  (_leader, _join).
+  (leaders.py, _join).
 - Each writing sequence gets one token in every call, and guesses behind it when it has some; the rest of the
   call is filled with prompts, up to the size that the loop allows while others are writing; who runs more
   than its share gives way there, too (turns.py).
-- Sequences with other LoRA adapters cannot be in one call: sets of adapters take turns (next_adapters).
+- Sequences with other LoRA adapters cannot be in one call: sets of adapters take turns (rotation.py).
 - In a unified memory cells can run out: idle slots are dropped first (Holdings.make_room), then the youngest
   sequence of the lowest priority makes way (_with_cells).
 
@@ -30,18 +30,18 @@ What stays true whatever the policy (tests/engine/test_scheduler_traces.py):
 - If the one that deserves a slot most does not fit, nobody behind it is let in.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
 from engine.fairness import Charged, FairQueue
 from engine.holdings import Costs, Holdings, Source
-from engine.prefix import common_prefix
+from engine.leaders import leader_of, may_join
+from engine.rotation import Rotation
 from engine.sequence import Action, Begin, Chunk, Plan, Sequence, Slot
 from engine.stash import State
 from engine.turns import Limits, Turns
 
-MIN_SHARED = 32  # tokens worth waiting for until another sequence has computed them
 MIN_MOVED = 16  # tokens worth saving when a sequence makes way
 PATIENCE = 4  # calls that a gap between running sequences may last: often the next request fills it
 GROWTH = 16  # tokens that each running sequence may be expected to write before another one ends
@@ -65,10 +65,9 @@ class Scheduler:
     ) -> None:
         """`n_cells`: of a unified memory, at least what one sequence can need; None: each slot has its own.
 
-        `n_window`: the tokens that attention looks back on in some layers; 0 for all. Cells that a
-        sequence's window has left behind may be overwritten, so that only what reaches to the end of a
-        holder, or a holder shorter than the window, can be shared. `ram_bytes`, `disk_bytes`: budgets of
-        saved states, `token_bytes`: what a token of theirs takes.
+        `n_window`: the tokens that attention looks back on in some layers; 0 for all. Of longer prefixes a
+        copy has no more, so that only the whole of what somebody holds can be copied (Holdings._can_copy).
+        `ram_bytes`, `disk_bytes`: budgets of saved states, `token_bytes`: what a token of theirs takes.
         """
         self.n_batch = n_batch
         self.queue: FairQueue[Sequence] = FairQueue()
@@ -82,10 +81,10 @@ class Scheduler:
             disk_bytes=disk_bytes,
             token_bytes=token_bytes,
         )
-        self.turns = Turns(self.queue, n_slots=n_slots)
+        self.turns = Turns(self.queue, n_slots=n_slots, leaders_stop=bool(n_window))
+        self.rotation = Rotation()
         self.n_preempted = 0
         self._n_calls_with_gaps = 0
-        self._turns: dict[Hashable, int] = {}  # of adapters: when they were decoded last
 
     # What there is
 
@@ -190,7 +189,7 @@ class Scheduler:
         actions: list[Action] = []
         if any(slot.sequence is not None and slot.sequence.leader for slot in self.slots):
             for each in self._by_age():
-                if each.leader and self._may_join(each):
+                if may_join(each):
                     self._join(each, actions)
         while (sequence := self._next()) is not None:
             if not self._place(sequence, actions):
@@ -274,7 +273,7 @@ class Scheduler:
         self.queue.ended(sequence)
         self.held.leave(index, saved=sequence.state is not None)
         sequence.slot, sequence.leader = None, None
-        sequence.n_computed = sequence.n_missed = 0
+        sequence.n_computed, sequence.gave_way = 0, False
         if not self.held.share_prefixes:
             self.held.drop(index, actions)
 
@@ -365,25 +364,11 @@ class Scheduler:
 
     def _leader(self, sequence: Sequence, length: int) -> tuple[Sequence | None, int]:
         """Whom to follow, and how many tokens of it."""
-        leader, n_shared = None, length + max(MIN_SHARED - 1, self.held.costs.copy)
-        if not self.held.share_prefixes or self.held.n_window:
-            return leader, n_shared
-        wanted = sequence.tokens[:-1]  # the logits of the last one are needed
-        for older in self._by_age():
-            if older is sequence or len(wanted) <= n_shared:
-                break
-            if older.leader is not None or older.is_writing or older.namespace != sequence.namespace:
-                continue
-            # Where one more than the best so far is the same, and only there, the whole is compared.
-            more = n_shared + 1
-            if older.tokens[n_shared:more] == wanted[n_shared:more] and older.tokens[:more] == wanted[:more]:
-                leader, n_shared = older, common_prefix(older.tokens, wanted)
-        return leader, n_shared
-
-    def _may_join(self, sequence: Sequence) -> bool:
-        """Whether the leader has computed the common part, or has ended before."""
-        leader = sequence.leader
-        return leader is not None and (leader.slot is None or leader.n_computed >= sequence.n_shared)
+        held = self.held
+        if not held.share_prefixes:
+            return None, length
+        stops = bool(held.n_window)
+        return leader_of(sequence, length, self._by_age(), cost=held.costs.copy, stops=stops)
 
     def _join(self, sequence: Sequence, actions: list[Action]) -> None:
         """Take what another slot has now, or saved, if that is worth bringing; look for the next leader."""
@@ -409,38 +394,33 @@ class Scheduler:
         limits: Limits = Limits(),  # noqa: B008  (frozen)
         drafts: Mapping[Sequence, list[int]] | None = None,
     ) -> Plan:
-        """The next call; `limits`: tokens of prompts that it may hold while anybody is writing, `drafts`:
-        guesses of who writes."""
+        """The next call.
+
+        `limits`: tokens of prompts between two of who writes; `drafts`: guesses of who does.
+        """
         actions: list[Action] = []
         self.queue.called()
-        group = self._with_cells(self._group(), actions)
+        group = self._with_cells(lambda: self.rotation.group(self.running, self._limit(limits)), actions)
+        adapters = group[0].adapters if group else ()
+        portion = self.rotation.portion(adapters, self.running, self._limit(limits))
         cells = self.held.cells
         room = self.n_batch if cells is None else min(self.n_batch, cells.n_free)
-        if not any(each.is_writing for each in self.running):
-            limits = replace(limits, prompt=None)  # who writes with other adapters waits for this call too
-        chunks = self.turns.chunks(group, room=room, limits=limits, drafts=drafts or {})
-        return Plan(chunks, actions, group[0].adapters if group else ())
+        now = replace(limits, prompt=portion)
+        chunks = self.turns.chunks(group, self.running, room=room, limits=now, drafts=drafts or {})
+        return Plan(chunks, actions, adapters)
+
+    def _limit(self, limits: Limits) -> int | None:
+        """Who writes with other adapters waits for this call too."""
+        return limits.prompt if any(each.is_writing for each in self.running) else None
 
     @property
     def next_adapters(self) -> Hashable:
-        """Whose turn the next call is, as far as can be told before its cells are counted."""
-        newest = max(self._turns.values(), default=0)  # who comes, or comes back, is behind those that wait
-        sets = dict.fromkeys(each.adapters for each in self.running)
-        return min(sets, key=lambda adapters: self._turns.get(adapters, newest), default=())
+        """Whose turn the next call is if nobody reads a prompt, and before its cells are counted."""
+        return self.rotation.next(self.running)
 
-    def _group(self) -> list[Sequence]:
-        """Running sequences of one set of adapters: that which was decoded longest ago."""
-        running = self.running
-        if all(each.adapters == running[0].adapters for each in running):
-            self._turns.clear()
-            return running
-        chosen, newest = self.next_adapters, max(self._turns.values(), default=0)
-        self._turns = {each.adapters: self._turns.get(each.adapters, newest) for each in running}
-        self._turns[chosen] = newest + 1
-        return [each for each in running if each.adapters == chosen]
-
-    def _with_cells(self, group: list[Sequence], actions: list[Action]) -> list[Sequence]:
-        """Let the youngest make way until the others' next tokens have cells; who is left of the group."""
+    def _with_cells(self, choose: Callable[[], list[Sequence]], actions: list[Action]) -> list[Sequence]:
+        """Let the youngest make way until the next tokens of the chosen have cells; who is left of them."""
+        group = choose()
         while True:
             n_writing = sum(each.is_writing for each in group)
             if self.held.make_room(n_writing + (n_writing < len(group)), actions):
@@ -448,7 +428,9 @@ class Scheduler:
             victim = self._first_to_go(self.running)
             assert len(self.running) > 1, "one sequence alone always fits"
             self._preempt(victim, actions)
-            group = [each for each in group if each is not victim] or self._group()
+            group = [each for each in group if each is not victim]
+            if not any(each.is_writing for each in group):  # then their prompts may have to wait
+                group = choose()
 
     def _by_age(self) -> list[Sequence]:
         """Running sequences, the first admitted first."""

@@ -30,6 +30,7 @@ class Sequence:
     leader: "Sequence | None" = None  # computes the first n_shared tokens of this prompt
     n_shared: int = 0
     n_missed: int = 0  # tokens of others' prompts, computed in calls without this one since it wrote last
+    gave_way: bool = False  # the last call of its adapters was without it, though it writes
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
@@ -67,7 +68,7 @@ class Slot:
     tokens: list[int] = field(default_factory=list)
     namespace: Hashable = None
     sequence: Sequence | None = None
-    last_used: int = 0
+    n_brought: int = 0  # of the tokens: copied or restored, without what their window had left behind
 
 
 @dataclass(frozen=True, slots=True)

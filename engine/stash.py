@@ -2,14 +2,17 @@
 
 A state is what a slot held when somebody else needed the slot, or a running sequence that had to make way.
 Full memory first moves its least worthy state to disk, if there is a disk budget; a full disk throws its own
-away. Worth follows GreedyDual-Size (Cao and Irani, 1997): the cost to recompute a state, a byte, on top of
-what was the least worth when it was last used; so that costly states outlive cheap ones, but not for ever.
-Pure.
+away. Worth (worth.py) is the cost to compute a state's tokens again, a byte; what others hold too costs
+nothing, and is not worth a place on disk. Pure.
 """
 
-from collections.abc import Callable, Hashable, Iterable, KeysView
+from collections.abc import Callable, Hashable, KeysView
 from dataclasses import dataclass
 from typing import Literal
+
+from engine.worth import Worth
+
+MIN_SAVED = 64  # tokens that are worth saving
 
 Tier = Literal["ram", "disk"]
 
@@ -23,7 +26,6 @@ class State:
     size_bytes: int
     tier: Tier = "ram"
     pinned: bool = False  # belongs to a sequence that goes on from it
-    worth: float = 0.0
 
     @property
     def length(self) -> int:
@@ -45,14 +47,26 @@ class Discard:
 
 
 class Stash:
-    """The states and their bytes; `n_alone` tells how many tokens of a state nobody else holds."""
+    """The states and their bytes.
 
-    def __init__(self, *, ram_bytes: int, disk_bytes: int = 0, n_alone: Callable[[State], int]) -> None:
+    `cost` tells how many tokens would have to be computed again if a state were lost, `forget` is told of
+    those that are thrown away, before the next cost is asked for.
+    """
+
+    def __init__(
+        self,
+        *,
+        ram_bytes: int,
+        disk_bytes: int = 0,
+        cost: Callable[[State], int],
+        forget: Callable[[State], object],
+    ) -> None:
         self.budgets: dict[Tier, int] = {"ram": ram_bytes, "disk": disk_bytes}
         self.used: dict[Tier, int] = {"ram": 0, "disk": 0}
-        self._states: dict[State, None] = {}  # the longest unused first
-        self._n_alone = n_alone
-        self._inflation: dict[Tier, float] = {"ram": 0.0, "disk": 0.0}
+        self._states: dict[State, None] = {}
+        self._cost = cost
+        self._forget = forget
+        self._worth: dict[Tier, Worth[State]] = {"ram": Worth(), "disk": Worth()}
 
     @property
     def states(self) -> KeysView[State]:
@@ -78,14 +92,14 @@ class Stash:
 
     def touch(self, state: State) -> None:
         """A state was of use."""
-        cost = max(1, self._n_alone(state))
-        self._states[state] = self._states.pop(state, None)  # now the latest
-        state.worth = self._inflation[state.tier] + cost / max(1, state.size_bytes)
+        self._worth[state.tier].use(state)
 
     def remove(self, state: State) -> None:
         """Its bytes are gone, or about to be."""
         del self._states[state]
+        self._worth[state.tier].forget(state)
         self.used[state.tier] -= state.size_bytes
+        self._forget(state)
 
     def empty(self, tier: Tier) -> list[Demote | Discard]:
         """Give up a tier; its states go where they would for lack of room."""
@@ -97,11 +111,8 @@ class Stash:
     def _shrink(self) -> list[Demote | Discard]:
         gone: list[Demote | Discard] = []
         while (victim := self._victim("ram")) is not None:
-            if victim.size_bytes <= self.budgets["disk"] and not victim.pinned:
-                self.used["ram"] -= victim.size_bytes
-                self.used["disk"] += victim.size_bytes
-                victim.tier = "disk"
-                self.touch(victim)
+            if self._belongs_on_disk(victim):
+                self._demote(victim)
                 gone.append(Demote(victim))
             else:
                 self.remove(victim)
@@ -111,15 +122,25 @@ class Stash:
             gone.append(Discard(victim))
         return gone
 
+    def _belongs_on_disk(self, state: State) -> bool:
+        """Whether it fits there, and holds enough that nobody else does."""
+        return state.size_bytes <= self.budgets["disk"] and self._cost(state) >= MIN_SAVED
+
+    def _demote(self, state: State) -> None:
+        self._worth["ram"].forget(state)
+        self.used["ram"] -= state.size_bytes
+        self.used["disk"] += state.size_bytes
+        state.tier = "disk"
+        self.touch(state)
+
     def _victim(self, tier: Tier) -> State | None:
         """The least worthy state of a tier that is over its budget, or one that never fits."""
-        if self.used[tier] <= self.budgets[tier]:
-            return None
         budget = self.budgets[tier]
-        victim = min(self._of(tier), key=lambda each: (each.size_bytes <= budget, each.worth), default=None)
-        if victim is not None:
-            self._inflation[tier] = victim.worth
-        return victim
+        if self.used[tier] <= budget:
+            return None
+        candidates = [state for state in self.states if state.tier == tier and not state.pinned]
+        too_large = [state for state in candidates if state.size_bytes > budget]
+        return self._worth[tier].least(too_large or candidates, self._rate)
 
-    def _of(self, tier: Tier) -> Iterable[State]:
-        return (state for state in self.states if state.tier == tier and not state.pinned)
+    def _rate(self, state: State) -> float:
+        return self._cost(state) / max(1, state.size_bytes)

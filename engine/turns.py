@@ -16,17 +16,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.fairness import FairQueue
+from engine.leaders import stops
+from engine.rotation import MIN_PORTION
 from engine.sequence import Chunk, Sequence
-
-MIN_PORTION = 8  # tokens of a prompt worth a call without those who write
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Tokens of prompts; None: as many as there is room for.
 
-    `prompt`: between two calls of a sequence that writes, None when nobody does; `brief`: in a call of those
-    over their share.
+    `prompt`: between two calls of a sequence that writes, None when nobody does (rotation.py says how much of
+    it a call may have); `brief`: in a call of those over their share.
     """
 
     prompt: int | None = None
@@ -45,8 +45,10 @@ class _Members:
 class Turns:
     """Remembers whose turn it was."""
 
-    def __init__(self, queue: FairQueue[Sequence], *, n_slots: int) -> None:
+    def __init__(self, queue: FairQueue[Sequence], *, n_slots: int, leaders_stop: bool = False) -> None:
+        """`leaders_stop`: where their followers go on, until those have what the leaders hold."""
         self._queue = queue
+        self._stops = leaders_stop
         self._n_slots = n_slots
         self._gave_way = False  # the last prompts were of others than who is over its share
 
@@ -57,24 +59,30 @@ class Turns:
     def chunks(
         self,
         group: list[Sequence],
+        running: list[Sequence],
         *,
         room: int,
         limits: Limits,
         drafts: Mapping[Sequence, list[int]],
     ) -> list[Chunk]:
-        """The next call of these, `room` tokens at most; `drafts`: guesses of who writes."""
+        """The next call of a group of those that run, `room` tokens at most.
+
+        `limits`: of this call; `drafts`: guesses of who writes.
+        """
         everybody = [each for each in group if each.is_writing]
         now = self._members(group, everybody, limits)
         room -= len(everybody) - len(now.writers)  # the cells of their next tokens
         chunks = _written(now.writers, room, drafts)
         if now.prompts:
             room -= sum(len(chunk.tokens) for chunk in chunks)
-            chunks += _portions(now.prompts, room if now.portion is None else min(room, now.portion), room)
-        _count_missed(everybody, chunks)
+            portion = room if now.portion is None else min(room, now.portion)
+            most = room if len(group) == len(running) else portion  # of each set it would be a fifth more
+            chunks += _portions(now.prompts, stops(group) if self._stops else {}, portion, most)
+        _count_missed(running, everybody, chunks)
         return chunks
 
     def _members(self, group: list[Sequence], writers: list[Sequence], limits: Limits) -> _Members:
-        prompts = self._in_order(group)
+        prompts = self._in_order(group) if limits.prompt != 0 else []
         over = self._over(group)
         if not over or not prompts:
             return _Members(writers, prompts, limits.prompt)
@@ -83,12 +91,10 @@ class Turns:
         if first in over:  # it goes first if it did not before, or before nobody but those of lower priority
             within = [each for each in within if each.tenant.priority >= first.tenant.priority]
             within = [] if self._gave_way else within
-        n_missed = max((each.n_missed for each in writers), default=0)
         left = limits.prompt
-        if n_missed:  # then somebody writes
-            left = (limits.prompt or 0) - n_missed
-            if not within or left < MIN_PORTION:
-                return _Members(writers, [], None)
+        missed_a_turn = any(each.gave_way for each in writers)
+        if missed_a_turn and (not within or left is None or left < MIN_PORTION):
+            return _Members(writers, [], None)
         self._gave_way = bool(within)
         if within:
             return _Members([each for each in writers if each not in over], within, left)
@@ -129,8 +135,8 @@ def _written(writers: list[Sequence], room: int, drafts: Mapping[Sequence, list[
     return chunks
 
 
-def _portions(prompts: list[Sequence], room: int, most: int) -> list[Chunk]:
-    """As much of the prompts as there is room for.
+def _portions(prompts: list[Sequence], ends: Mapping[Sequence, int], room: int, most: int) -> list[Chunk]:
+    """As much of the prompts, up to the ends of some, as there is room for.
 
     `room` may be exceeded by a fifth, within `most`, if that spares a call for the rest of a prompt.
     """
@@ -138,16 +144,22 @@ def _portions(prompts: list[Sequence], room: int, most: int) -> list[Chunk]:
     for each in prompts:
         if room <= 0:
             break
-        start, missing = each.n_computed, len(each.tokens) - each.n_computed
+        start, missing = each.n_computed, ends.get(each, len(each.tokens)) - each.n_computed
         length = missing if missing <= min(most, room + room // 5) else room
-        chunks.append(Chunk(each, each.tokens[start : start + length], start, samples=length == missing))
+        end = start + length
+        chunks.append(Chunk(each, each.tokens[start:end], start, samples=end == len(each.tokens)))
         room, most = room - length, most - length
     return chunks
 
 
-def _count_missed(writers: list[Sequence], chunks: list[Chunk]) -> None:
-    """Note what each of them had to wait for, if it is not in the call."""
+def _count_missed(running: list[Sequence], writers: list[Sequence], chunks: list[Chunk]) -> None:
+    """Note what all who write had to wait for, and which of the group's own `writers` are not in the call."""
     n_prompt = sum(len(chunk.tokens) for chunk in chunks if not chunk.is_writing)
     present = {chunk.sequence for chunk in chunks}
+    for each in running:
+        if each in present:
+            each.n_missed = 0
+        elif each.is_writing:
+            each.n_missed += n_prompt
     for each in writers:
-        each.n_missed = 0 if each in present else each.n_missed + n_prompt
+        each.gave_way = each not in present

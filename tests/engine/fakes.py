@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 from engine.prefix import PrefixTree
 from engine.scheduler import Scheduler
@@ -31,6 +32,9 @@ class FakeModel:
     calls: list[list[Chunk]] = field(default_factory=list)
     computed: dict[object, int] = field(default_factory=dict)  # id -> tokens computed for it
     waited: dict[Sequence, int] = field(default_factory=dict)  # calls since a stream was in one
+    stalls: dict[Sequence, tuple[int, float]] = field(default_factory=dict)  # of prompts, and the limit
+    # The first position whose cells are there in layers with a window.
+    first: dict[int | State, int] = field(default_factory=dict)
     numbers: itertools.count = field(default_factory=itertools.count)
 
     def step(
@@ -43,8 +47,9 @@ class FakeModel:
         """Admit, compute, write; the sequences that ended."""
         self.act(self.scheduler.admit())
         expected, n_preempted = self.scheduler.next_adapters, self.scheduler.n_preempted
+        reads = any(not each.is_writing for each in self.scheduler.running)
         plan = self.scheduler.plan(limits=Limits(n_prompt, n_brief), drafts=drafts)
-        assert plan.adapters == expected or self.scheduler.n_preempted > n_preempted
+        assert plan.adapters == expected or reads or self.scheduler.n_preempted > n_preempted
         self.act(plan.actions)
         self.check_plan(plan, n_prompt)
         self.calls.append(plan.chunks)
@@ -67,8 +72,9 @@ class FakeModel:
                     held = [token for token, _ in self.slots[slot]]
                     assert held[: state.length] == state.tokens, "saves what is not there"
                     self.states[state] = state.tokens
+                    self.first[state] = self.first_left(slot)
                 case Drop(slot):
-                    self.slots[slot] = []
+                    self.slots[slot], self.first[slot] = [], 0
                 case Demote(state):
                     assert state in self.states
                 case Discard(state):
@@ -89,8 +95,21 @@ class FakeModel:
                 cells = [(token, next(self.numbers)) for token, _ in cells]
         assert [token for token, _ in cells] == sequence.tokens[:length], "shares what differs"
         assert len(cells) == length, "shares more than is held"
+        self.first[slot] = self.first_after(slot, source)
         self.slots[slot] = list(cells)
         self.check_room()
+
+    def first_left(self, slot: int) -> int:
+        """Of a slot, if nothing that its window has left behind is there any more."""
+        return max(self.first.get(slot, 0), len(self.slots[slot]) - self.scheduler.held.n_window)
+
+    def first_after(self, slot: int, source) -> int:
+        """What a slot has after it was given its tokens: in a unified memory the worst is supposed."""
+        if source is None:
+            return 0
+        if isinstance(source, State):
+            return self.first.get(source, 0)
+        return self.first.get(slot, 0) if source == slot and self.n_cells is None else self.first_left(source)
 
     def check_plan(self, plan: Plan, n_prompt: int | None) -> None:
         chunks = plan.chunks
@@ -102,8 +121,19 @@ class FakeModel:
         prompts = [len(chunk.tokens) for chunk in chunks if not chunk.is_writing]
         if n_prompt is not None and any(each.is_writing for each in self.scheduler.running):
             assert sum(prompts) <= n_prompt + n_prompt // 5
-
+        self.check_stall(plan, sum(prompts), n_prompt)
         self.check_turns(plan)
+
+    def check_stall(self, plan: Plan, n_tokens: int, n_prompt: int | None) -> None:
+        """Between two tokens of a stream there are no more of prompts, whosever, than a call may hold."""
+        called = {chunk.sequence for chunk in plan.chunks}
+        before, self.stalls = self.stalls, {}
+        for each in self.scheduler.running:
+            if each.is_writing:
+                heard, most = before.get(each, (0, 0))
+                heard, most = heard + n_tokens, max(most, inf if n_prompt is None else n_prompt)
+                assert heard <= most * 1.2, "a stream waits for too much of prompts"
+                self.stalls[each] = (0, 0) if each in called else (heard, most)
 
     def check_turns(self, plan: Plan) -> None:
         """Who writes is soon in a call, and who waits for a leader is behind nobody less deserving."""
@@ -137,6 +167,8 @@ class FakeModel:
         cells = self.slots[sequence.slot]
         assert chunk.start == sequence.n_computed
         assert [token for token, _ in cells] == sequence.tokens[: chunk.start], "cells and record differ"
+        n_window = self.scheduler.held.n_window
+        assert not n_window or self.first[sequence.slot] <= max(0, chunk.start - n_window + 1), "lost cells"
         known = chunk.tokens[: len(chunk.tokens) - chunk.n_draft]
         end = chunk.start + len(known)
         assert known == sequence.tokens[chunk.start : end]

@@ -3,8 +3,9 @@
 import pytest
 
 from engine.holdings import MIN_SAVED, Costs
+from engine.leaders import MIN_SHARED
 from engine.request import Tenant
-from engine.scheduler import MIN_MOVED, MIN_SHARED, PATIENCE
+from engine.scheduler import MIN_MOVED, PATIENCE
 from engine.sequence import Begin, Sequence
 from engine.stash import State
 from tests.engine.fakes import VOCABULARY, FakeModel, fake, prompt, run
@@ -189,14 +190,14 @@ def test_the_slot_that_is_longest_unused_gives_way_not_the_one_admitted_first():
 
 def test_a_slot_that_lends_its_prefix_is_used():
     model = fake(n_slots=3, n_batch=64, costs=Costs(copy=2))
-    for start in range(2):
+    for start in range(6):
         run(model, Sequence(start, prompt(40, start=start), max_tokens=1))
-    borrower = Sequence("borrower", (*prompt(10), 0), max_tokens=1)
+    borrower = Sequence("borrower", (*prompt(10, start=3), 0), max_tokens=1)
     run(model, borrower)
     assert borrower.n_cached == 10
-    run(model, Sequence("new", prompt(10, start=3), max_tokens=1))
+    run(model, Sequence("new", prompt(10, start=9), max_tokens=1))
     held = {slot.tokens[0] for slot in model.scheduler.slots}
-    assert held == {VOCABULARY, VOCABULARY + 3}
+    assert held == {VOCABULARY + 3, VOCABULARY + 9}, "the lender outlives who was used after it was written"
 
 
 def test_without_sharing_nothing_is_kept():
@@ -208,15 +209,68 @@ def test_without_sharing_nothing_is_kept():
     assert not any(slot.tokens for slot in model.scheduler.slots)
 
 
-def test_under_a_window_only_what_reaches_to_the_end_of_a_slot_is_shared():
+def test_under_a_window_only_the_whole_of_what_a_slot_holds_is_copied():
     model = fake(n_window=10, n_batch=64)
-    run(model, Sequence("a", prompt(20), max_tokens=1))
+    busy = Sequence("a", prompt(20), max_tokens=30)
+    model.scheduler.add(busy)
+    model.step()
     cut = Sequence("cut", (*prompt(15), 1, 2), max_tokens=1)
-    run(model, cut)
+    model.scheduler.add(cut)
+    model.step()
     assert cut.n_cached == 0
-    longer = Sequence("longer", (*prompt(20), 3), max_tokens=1)
-    run(model, longer)
-    assert longer.n_cached == 20
+    longer = Sequence("longer", (*busy.tokens[:-1], 99, 3), max_tokens=1)
+    model.scheduler.add(longer)
+    model.step()
+    assert longer.n_cached == len(longer.prompt) - 2
+    run(model)
+
+
+def test_under_a_window_an_idle_slot_is_cut_where_it_computed():
+    model = fake(n_slots=1, n_window=10, n_batch=64)
+    run(model, Sequence("a", prompt(40), max_tokens=1))
+    for length in (35, 12):  # far less than half: it cannot be copied, so it is taken
+        cut = Sequence(length, (*prompt(length), 1, 2), max_tokens=1)
+        run(model, cut)
+        assert cut.n_cached == length
+
+
+def test_under_a_window_what_was_copied_is_not_cut_shorter():
+    model = fake(n_window=10, n_batch=64)
+    busy = Sequence("busy", prompt(30), max_tokens=30)
+    model.scheduler.add(busy)
+    model.step()
+    copy = Sequence("copy", (*prompt(30), 1), max_tokens=1)
+    model.scheduler.add(copy)
+    model.step()
+    assert copy.n_cached == 30
+    for length, n_cached in ((30, 30), (29, 0)):
+        cut = Sequence(length, (*prompt(length), 2, 3), max_tokens=1)
+        model.scheduler.add(cut)
+        model.step()
+        assert cut.n_cached == n_cached
+    run(model)
+
+
+@pytest.mark.parametrize("n_cells", [None, 4000])
+def test_under_a_window_prompts_that_arrive_together_compute_their_common_part_once(n_cells):
+    model = fake(
+        n_slots=8, n_batch=64, n_ctx=400, n_window=20, n_cells=n_cells, costs=Costs(copy=16, copied=0.01)
+    )
+    first = [
+        Sequence(i, (*prompt(150), *range(5000 + 60 * i, 5060 + 60 * i)), max_tokens=30) for i in range(8)
+    ]
+    run(model, *first)
+    assert sum(model.computed.values()) == 150 + 8 * (60 + 29)
+    if n_cells is None:
+        second = [Sequence(i, (*prompt(150), 4000 + i), max_tokens=2) for i in range(8, 16)]
+        run(model, *second)
+        assert [each.n_cached for each in second] == [150] * 8, "each slot is cut where it began"
+
+
+def test_under_a_window_a_leader_waits_for_followers_at_each_place_where_they_leave_it():
+    model = fake(n_slots=4, n_batch=64, n_ctx=400, n_window=20)
+    run(model, *(Sequence(i, (*prompt(100 + 50 * i), 5000 + i), max_tokens=2) for i in reversed(range(4))))
+    assert sum(model.computed.values()) == 250 + 4 * 2
 
 
 def test_under_a_window_a_slot_shorter_than_it_is_shared():
