@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from engine.cells import Cells
 from engine.prefix import PrefixTree
 from engine.sequence import Action, Begin, Drop, Save, Sequence, Slot
-from engine.stash import Discard, Stash, State
+from engine.stash import Demote, Discard, Stash, State
 
 MIN_SAVED = 64  # tokens worth saving
 
@@ -74,8 +74,46 @@ class Holdings:
             return actions
         for index in sorted(range(len(self.slots)), key=self._last_used):
             self._rescue(index, actions)
+            self.drop(index, actions)  # what two slots share is the second one's alone then
         actions += self._forgotten(self.stash.empty("ram"))
         return actions
+
+    def back_up(self) -> list[Action]:
+        """Have on disk one state that only memory has, or an idle slot; nothing if all is there."""
+        actions = self._forgotten(self.stash.copy())
+        for index in sorted(self._idle(None), key=self._last_used, reverse=True):
+            if actions:
+                break
+            self._back_up_slot(index, actions)
+        return actions
+
+    def _back_up_slot(self, index: int, actions: list[Action]) -> None:
+        """Once after each use, and if much is new: a conversation is not written again for every sentence."""
+        slot = self.slots[index]
+        if slot.backed_up == slot.last_used or not self.share_prefixes:
+            return
+        slot.backed_up = slot.last_used
+        n_tokens = len(slot.tokens)
+        held = [
+            (match.length, each)
+            for match in self.tree.matches(slot.tokens, slot.namespace)
+            for each in match.holders
+            if isinstance(each, State)
+        ]
+        n_new = n_tokens - max((length for length, _ in held), default=0)
+        if n_new < max(MIN_SAVED, n_tokens // 4):
+            return
+        state = State(list(slot.tokens), slot.namespace, n_tokens * self.token_bytes, tier="disk")
+        self.tree.hold(state, state.tokens, state.namespace)
+        gone = self._forgotten(self.stash.add(state, cost=n_new))
+        actions += [each for each in gone if each.state is not state]
+        if state not in self.stash.states:
+            return
+        actions += [Save(index, state), Demote(state)]
+        for length, each in held:
+            # All that it has is in the new one, which can be cut to it unless there is a window.
+            if each.tier == "disk" and each.length == length and not self.n_window:
+                self.discard(each, actions)
 
     def append(self, index: int, tokens: list[int], namespace: Hashable) -> None:
         """A slot's sequence computed more tokens."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from engine.fairness import Charged
 from engine.request import Tenant
-from engine.stash import Demote, Discard, State
+from engine.stash import Copy, Demote, Discard, State
 
 
 @dataclass(eq=False, slots=True)
@@ -68,6 +68,7 @@ class Slot:
     namespace: Hashable = None
     sequence: Sequence | None = None
     last_used: int = 0
+    backed_up: int = 0  # its `last_used` when it was last looked at for a copy on disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class Drop:
     slot: int
 
 
-Action = Begin | Save | Drop | Demote | Discard
+Action = Begin | Save | Drop | Copy | Demote | Discard
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ class State:
     namespace: Hashable
     size_bytes: int
     tier: Tier = "ram"
+    copied: bool = False  # is in memory, and on disk for the case of a crash
     pinned: bool = False  # belongs to a sequence that goes on from it
     worth: float = 0.0
 
@@ -29,10 +30,22 @@ class State:
     def length(self) -> int:
         return len(self.tokens)
 
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Where its bytes are."""
+        return ("ram", "disk") if self.copied else (self.tier,)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Write a state's bytes to disk; memory keeps them, too."""
+
+    state: State
+
 
 @dataclass(frozen=True, slots=True)
 class Demote:
-    """Move a state's bytes from memory to disk."""
+    """Move a state's bytes from memory to disk, or forget those in memory when disk has them already."""
 
     state: State
 
@@ -69,23 +82,39 @@ class Stash:
             return True
         return not pinned and self.budgets["ram"] < size_bytes <= self.budgets["disk"]
 
-    def add(self, state: State) -> list[Demote | Discard]:
-        """Keep a state; what has to go for it."""
+    def add(self, state: State, *, cost: int | None = None) -> list[Demote | Discard]:
+        """Keep a state; what has to go for it, perhaps itself. `cost`: of it in tokens, if not `n_alone`."""
         self._states[state] = None
         self.used[state.tier] += state.size_bytes
-        self.touch(state)
+        self.touch(state, cost=cost)
         return self._shrink()
 
-    def touch(self, state: State) -> None:
+    def copy(self) -> list[Copy | Demote | Discard]:
+        """Have the worthiest state that only memory has on disk, too; what has to go for it. None: nothing.
+
+        Copies push out what disk alone has, and never each other.
+        """
+        copied = sum(state.size_bytes for state in self.states if state.copied)
+        room = self.budgets["disk"] - copied
+        wanted = [each for each in self._of("ram") if not each.copied and each.size_bytes <= room]
+        if not wanted:
+            return []
+        state = max(wanted, key=lambda each: each.worth)
+        state.copied = True
+        self.used["disk"] += state.size_bytes
+        return [*self._shrink(), Copy(state)]
+
+    def touch(self, state: State, *, cost: int | None = None) -> None:
         """A state was of use."""
-        cost = max(1, self._n_alone(state))
+        cost = max(1, self._n_alone(state) if cost is None else cost)
         self._states[state] = self._states.pop(state, None)  # now the latest
         state.worth = self._inflation[state.tier] + cost / max(1, state.size_bytes)
 
     def remove(self, state: State) -> None:
         """Its bytes are gone, or about to be."""
         del self._states[state]
-        self.used[state.tier] -= state.size_bytes
+        for tier in state.tiers:
+            self.used[tier] -= state.size_bytes
 
     def empty(self, tier: Tier) -> list[Demote | Discard]:
         """Give up a tier; its states go where they would for lack of room."""
@@ -99,8 +128,8 @@ class Stash:
         while (victim := self._victim("ram")) is not None:
             if victim.size_bytes <= self.budgets["disk"] and not victim.pinned:
                 self.used["ram"] -= victim.size_bytes
-                self.used["disk"] += victim.size_bytes
-                victim.tier = "disk"
+                self.used["disk"] += 0 if victim.copied else victim.size_bytes
+                victim.tier, victim.copied = "disk", False
                 self.touch(victim)
                 gone.append(Demote(victim))
             else:
