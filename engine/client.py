@@ -287,7 +287,7 @@ class Engine:
             case wire.Answer(id, value):
                 self._answer(id, value.error() if isinstance(value, wire.Failure) else value)
 
-    async def _ask(self, command: Callable[[int], wire.Command]) -> Any:
+    async def _ask(self, command: Callable[[int], wire.Question]) -> Any:
         self._check_open()
         id = next(self._ids)
         question = _Question(command(id), asyncio.get_running_loop().create_future())

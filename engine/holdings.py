@@ -106,7 +106,7 @@ class Holdings:
         state = State(list(slot.tokens), slot.namespace, n_tokens * self.token_bytes, tier="disk")
         self.tree.hold(state, state.tokens, state.namespace)
         gone = self._forgotten(self.stash.add(state, cost=n_new))
-        actions += [each for each in gone if each.state is not state]
+        actions += [each for each in gone if each != Discard(state)]
         if state not in self.stash.states:
             return
         actions += [Save(index, state), Demote(state)]
