@@ -6,7 +6,7 @@ import numpy as np
 
 from engine.llama import Adapter, Context
 from engine.sequence import Action, Begin, Drop, Save
-from engine.stash import Demote, Discard, State
+from engine.stash import Copy, Demote, Discard, State
 from engine.states import States
 
 Scaled = tuple[Adapter, float]
@@ -53,6 +53,8 @@ class Hands:
                 case Drop(slot):
                     self.context.remove(slot)
                     saved = None if saved is not None and saved[0] == slot else saved
+                case Copy(state):
+                    self.states.copy(state)
                 case Demote(state):
                     self.states.demote(state)
                 case Discard(state):

@@ -5,13 +5,13 @@ in native memory for it, as actions. It decides what is kept and what gives way;
 Pure.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 from engine.cells import Cells
 from engine.prefix import PrefixTree
 from engine.sequence import Action, Begin, Drop, Save, Sequence, Slot
-from engine.stash import MIN_SAVED, Discard, Stash, State
+from engine.stash import MIN_SAVED, Demote, Discard, Stash, State
 from engine.worth import Worth
 
 Source = int | State | None  # a slot, a saved state, or nobody
@@ -51,7 +51,7 @@ class Holdings:
         self.cells = None if n_cells is None else Cells(n_cells, n_slots)
         self.tree = PrefixTree()
         self.stash = Stash(
-            ram_bytes=ram_bytes, disk_bytes=disk_bytes, cost=self._n_alone, forget=self.tree.release
+            ram_bytes=ram_bytes, disk_bytes=disk_bytes, cost=self._cost, forget=self.tree.release
         )
         self._worth: Worth[int] = Worth()  # of slots
         self._n_taken = 0
@@ -78,9 +78,46 @@ class Holdings:
         while (index := self._worth.least(idle, self._rate)) is not None:
             idle.discard(index)
             self._rescue(index, actions)
-            self.drop(index, actions)
+            self.drop(index, actions)  # what two slots share is the second one's alone then
         actions += self.stash.empty("ram")
         return actions
+
+    def back_up(self) -> list[Action]:
+        """Have on disk one state that only memory has, or an idle slot; nothing if all is there."""
+        actions: list[Action] = list(self.stash.copy())
+        for index in sorted(self._idle(None), key=self._worth.last_use, reverse=True):
+            if actions:
+                break
+            self._back_up_slot(index, actions)
+        return actions
+
+    def _back_up_slot(self, index: int, actions: list[Action]) -> None:
+        """Once after each use, and if much is new: a conversation is not written again for every sentence."""
+        slot, last_use = self.slots[index], self._worth.last_use(index)
+        if slot.backed_up == last_use or not self.share_prefixes:
+            return
+        slot.backed_up = last_use
+        n_tokens = len(slot.tokens)
+        held = [
+            (match.length, each)
+            for match in self.tree.matches(slot.tokens, slot.namespace)
+            for each in match.holders
+            if isinstance(each, State)
+        ]
+        n_new = n_tokens - max((length for length, _ in held), default=0)
+        if n_new < max(MIN_SAVED, n_tokens // 4):
+            return
+        state = State(list(slot.tokens), slot.namespace, n_tokens * self.token_bytes, tier="disk")
+        self.tree.hold(state, state.tokens, state.namespace)
+        gone = self.stash.add(state)
+        actions += [each for each in gone if each != Discard(state)]
+        if state not in self.stash.states:
+            return
+        actions += [Save(index, state), Demote(state)]
+        for length, each in held:
+            # All that it has is in the new one, which can be cut to it unless there is a window.
+            if each.tier == "disk" and each.length == length and not self.n_window:
+                self.discard(each, actions)
 
     def append(self, index: int, tokens: list[int], namespace: Hashable) -> None:
         """A slot's sequence computed more tokens."""
@@ -238,14 +275,22 @@ class Holdings:
             n_lost = min(n_lost, self.costs.restore + copied)
         return n_lost if self.cells is None else n_lost / max(1, self.cells.n_alone({index}))
 
+    def _cost(self, state: State) -> int:
+        """Tokens that would have to be computed again without a state; after a crash, if it is on disk."""
+        if state.tier == "ram":
+            return self._n_alone(state)
+        return self._n_beyond(state, lambda other: isinstance(other, State) and "disk" in other.tiers)
+
     def _n_alone(self, holder: int | State) -> int:
         """Tokens that would have to be computed again if what this one holds were lost."""
-        if not self.n_window:
-            return self.tree.n_alone(holder)
+        return self._n_beyond(holder) if self.n_window else self.tree.n_alone(holder)
+
+    def _n_beyond(self, holder: int | State, counts: Callable[[int | State], bool] = lambda _: True) -> int:
+        """Of one's tokens, how many no other who counts can bring."""
         held = holder if isinstance(holder, State) else self.slots[holder]
         for match in self.tree.matches(held.tokens, held.namespace):
             others = [each for each in match.holders if isinstance(each, int | State) and each != holder]
-            if any(self._can_copy(other, match.length) for other in others):
+            if any(self._can_copy(other, match.length) for other in others if counts(other)):
                 return len(held.tokens) - match.length
         return len(held.tokens)
 

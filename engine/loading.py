@@ -4,10 +4,12 @@ What was not configured is chosen here, or measured: a few calls tell how long c
 """
 
 import hashlib
+import re
 import time
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 from engine import pooled
 from engine.drafter import Drafter
@@ -105,11 +107,21 @@ def open_drafter(model: Model, config: EngineConfig, stack: ExitStack) -> Drafte
 
 
 def fingerprint(config: EngineConfig) -> str:
-    """What a saved state depends on beside its tokens: the model's file, adapters, types, the library."""
-    files = [config.model_path, *(path for path, _ in config.lora)]
+    """What a saved state depends on beside its tokens: the model's files, adapters, types, the library.
+
+    Not the draft model: what it guesses is checked, and its own cells are never saved.
+    """
+    adapters = [*(path for path, _ in config.lora), *(path for _, path in config.adapters)]
+    files = [*pieces(config.model_path), *adapters]
     marks = [(path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     parts = [*marks, config.lora, config.adapters, config.kv_type_k, config.kv_type_v, config.n_gpu_layers]
     return hashlib.sha256(repr([*parts, version("llama-cpp-python")]).encode()).hexdigest()
+
+
+def pieces(path: Path) -> list[Path]:
+    """All files of a model of which this is the first: NAME-00001-of-00003.gguf has two more beside it."""
+    name = re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-?????\1", path.name)
+    return [path] if name == path.name else sorted(path.parent.glob(name))
 
 
 def offload_device(config: EngineConfig) -> str | None:

@@ -6,8 +6,9 @@ What goes wrong with one sequence fails that sequence and no other.
 
 import hashlib
 import time
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from collections.abc import Sequence as Items
+from typing import Any
 
 import numpy as np
 
@@ -83,6 +84,8 @@ class Loop:
             disk_bytes=disk_bytes,
             token_bytes=token_bytes,
         )
+        #: Told the ids of the requests that are worked on next, before it is done.
+        self.note: Callable[[Iterable[Any]], None] = lambda _: None
         self._writing: dict[Hashable, Writing] = {}
         self._act(self.scheduler.adopt(self.hands.states.found()))
 
@@ -129,6 +132,7 @@ class Loop:
         """Admit, decode once, choose; everything that this gave, in slot order."""
         started = time.perf_counter()
         actions = self.scheduler.admit()
+        self.note(each.id for each in self.scheduler.running)
         self._act(actions)
         self._admitted(actions, started)
         running = self.scheduler.running
@@ -154,11 +158,19 @@ class Loop:
         """A snapshot; counters since this loop was made."""
         return self.figures.snapshot(self.scheduler, self.context, self.luck)
 
+    def rest(self) -> bool:
+        """Write to disk one thing that a crash would lose, while nobody asks; whether there may be more."""
+        actions = self.scheduler.back_up()
+        self._act(actions)
+        return bool(actions)
+
     def close(self) -> None:
         """Free the samplers of requests that are still there; prefixes go to disk within its budget."""
         for writing in list(self._writing.values()):
             self._end(writing)
-        self._act(self.scheduler.retire())
+        for action in self.scheduler.retire():
+            self._act([action])
+            self.note(())  # each is progress, for which the client waits
 
     def check_tokens(self, tokens: Iterable[int], *, field: str) -> None:
         """Raise InvalidRequest for a token that the vocabulary does not have; native code would abort."""
@@ -245,6 +257,7 @@ class Loop:
         self.pace.learn(n_writing=n_writing, n_prompt=n_prompt, seconds=seconds, n_guesses=n_guesses)
 
     def _decode(self, chunks: list[Chunk]) -> list[Output]:
+        self.note(chunk.sequence.id for chunk in chunks)
         batch = self.context.batch
         batch.clear()
         last = [self._fill(chunk) for chunk in chunks]
@@ -287,6 +300,7 @@ class Loop:
     def _advance(self, writing: Writing, chunk: Chunk, index: int) -> list[Output]:
         """Choose the tokens that a call allows a sequence, and say what became of it."""
         sequence, before_s = writing.sequence, writing.last_s
+        self.note((sequence.id,))  # a grammar that makes llama.cpp abort is this one's alone
         try:
             progress = writing.choose(self.context, chunk, index)
         except EngineError as error:

@@ -6,9 +6,10 @@ texts in turn, one each, until a call is full, so that a request of thousands le
 
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -98,6 +99,8 @@ class PooledLoop:
         self.n_parallel = n_parallel
         self.max_queue = max_queue
         self.counters = Counters()
+        #: Told the ids of the requests that are worked on next, before it is done.
+        self.note: Callable[[Iterable[Any]], None] = lambda _: None
         self._goes_on = goes_on(context, pooling)
         self._pairs = Pairs(model) if kind == "rerank" else None
         self._width = 1 if kind == "rerank" else model.n_pooled
@@ -154,6 +157,10 @@ class PooledLoop:
             **counted,
         )
 
+    def rest(self) -> bool:
+        """Nothing is left to do while nobody asks."""
+        return False
+
     def close(self) -> None:
         """Forget the requests that are still there."""
         for job in list(self._jobs.values()):
@@ -174,6 +181,7 @@ class PooledLoop:
         n_tokens = 0
         while self._turns and len(texts) < self.n_parallel:
             job = self._turns[0]
+            self.note((job.id,))
             try:
                 job.upcoming = job.upcoming or self._tokens(job)
             except EngineError as error:
@@ -212,6 +220,7 @@ class PooledLoop:
     # A call
 
     def _compute(self, texts: list[_Text]) -> list[Output]:
+        self.note({text.job.id for text in texts})
         try:
             rows = pool(self.context, [text.tokens for text in texts], self._width, goes_on=self._goes_on)
         except DecodeFailed as error:

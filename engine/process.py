@@ -12,11 +12,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from engine import wire
+from engine import black_box, wire
+from engine.black_box import BlackBox
 from engine.memory import environment
 from engine.request import EngineConfig, EngineInfo, ModelLoadFailed
 
-STOP_S = 5.0  # the process gets this long to end by itself
+STOP_S = 5.0  # the process gets this long to end by itself, and again for as long as it gets on
 _STDERR_KEPT = 4000  # bytes of the process's last words
 
 
@@ -51,8 +52,9 @@ class _Replies(asyncio.Protocol):
 class Process:
     """A running worker with its model loaded; made by `launch`."""
 
-    def __init__(self, child: asyncio.subprocess.Process) -> None:
+    def __init__(self, child: asyncio.subprocess.Process, box: BlackBox) -> None:
         self._child = child
+        self._box = box
         self._last_words = b""
         self._listener = asyncio.create_task(self._listen())
         self._transport: asyncio.Transport | None = None
@@ -62,12 +64,15 @@ class Process:
     async def launch(cls, config: EngineConfig) -> tuple["Process", EngineInfo]:
         """Start a process and wait until its model is loaded. Raises ModelLoadFailed."""
         ours, theirs = socket.socketpair()
+        page = black_box.make()
         try:
             with theirs:
-                process = cls(await _spawn(theirs))
+                process = cls(await _spawn(theirs, page), BlackBox(page))
         except BaseException:
             ours.close()
             raise
+        finally:
+            os.close(page)
         try:
             loop = asyncio.get_running_loop()
             process._transport, _ = await loop.create_connection(lambda: process._replies, sock=ours)
@@ -91,6 +96,11 @@ class Process:
         """None once it has ended."""
         return self._child.pid if self._child.returncode is None else None
 
+    @property
+    def busy_with(self) -> frozenset[int]:
+        """Ids of what it works on; once it has ended, of what it died of, if of any."""
+        return self._box.ids
+
     def send(self, command: wire.Command) -> None:
         """Queue a message; one to a process that ended is lost."""
         if self._transport is not None and not self._transport.is_closing():
@@ -107,12 +117,19 @@ class Process:
             self._child.kill()
 
     async def stop(self) -> None:
-        """Close the socket, upon which it ends by itself; wait, and kill it when it does not."""
+        """Close the socket, upon which it ends by itself; wait, and kill it when it does not.
+
+        A large cache on a slow disk takes its time: it has `STOP_S` for every state that it writes.
+        """
         if self._transport is not None:
             self._transport.close()
-        try:
-            await asyncio.wait_for(self._child.wait(), STOP_S)
-        except TimeoutError:
+        n_notes = -1
+        while self._box.n_notes > n_notes:
+            n_notes = self._box.n_notes
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._child.wait(), STOP_S)
+                break
+        else:
             self.kill()
             await self._child.wait()
         await self._listener
@@ -131,12 +148,12 @@ class Process:
             self._last_words = (self._last_words + data)[-_STDERR_KEPT:]
 
 
-async def _spawn(theirs: socket.socket) -> asyncio.subprocess.Process:
+async def _spawn(theirs: socket.socket, page: int) -> asyncio.subprocess.Process:
     root = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "engine.worker", str(theirs.fileno()),
-        pass_fds=[theirs.fileno()],
+        sys.executable, "-m", "engine.worker", str(theirs.fileno()), str(page),
+        pass_fds=[theirs.fileno(), page],
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,

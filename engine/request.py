@@ -70,7 +70,7 @@ class QueueFull(EngineError):
 
 
 class EngineRestarted(EngineError):
-    """The process died while this request ran; the same request may be sent again."""
+    """The process died while this request ran, and it could not be replayed, or was and died again."""
 
 
 class EngineUnavailable(EngineError):
@@ -175,6 +175,7 @@ class GenerationRequest:
     tenant: Tenant = Tenant()
     cache_salt: str = ""  # cached prefixes are shared among requests of one salt only
     adapters: tuple[tuple[str, float], ...] = ()  # (name in EngineConfig.adapters, scale)
+    replayable: bool = False  # nothing is passed on before the end: it may begin anew (Delta.anew)
 
     def validate(self) -> None:
         """Raise InvalidRequest for the first field out of range."""
@@ -188,7 +189,7 @@ class GenerationRequest:
             _whole("max_tokens", self.max_tokens, 1, 2**31 - 1)
         if self.logprobs is not None:
             _whole("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
-        for name in ("ignore_eos", "add_special", "parse_special"):
+        for name in ("ignore_eos", "add_special", "parse_special", "replayable"):
             if not isinstance(value := getattr(self, name), bool):
                 raise InvalidRequest(f"{name} is {value!r}; give true or false", field=name)
         self._validate_stop()
@@ -263,6 +264,7 @@ class Delta(NamedTuple):
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     n_prompt_tokens: int = 0  # told with the first one: who is cut off is counted too
+    anew: bool = False  # what came before is void: the process died, and a replayable request begins again
 
     def joined(self, later: "Delta") -> "Delta":
         """This and the next one as one."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from engine.fairness import Charged
 from engine.request import Tenant
-from engine.stash import Demote, Discard, State
+from engine.stash import Copy, Demote, Discard, State
 
 
 @dataclass(eq=False, slots=True)
@@ -69,6 +69,7 @@ class Slot:
     namespace: Hashable = None
     sequence: Sequence | None = None
     n_brought: int = 0  # of the tokens: copied or restored, without what their window had left behind
+    backed_up: int = 0  # its last use when it was last looked at for a copy on disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class Drop:
     slot: int
 
 
-Action = Begin | Save | Drop | Demote | Discard
+Action = Begin | Save | Drop | Copy | Demote | Discard
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,16 +25,29 @@ class State:
     namespace: Hashable
     size_bytes: int
     tier: Tier = "ram"
+    copied: bool = False  # is in memory, and on disk for the case of a crash
     pinned: bool = False  # belongs to a sequence that goes on from it
 
     @property
     def length(self) -> int:
         return len(self.tokens)
 
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Where its bytes are."""
+        return ("ram", "disk") if self.copied else (self.tier,)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Write a state's bytes to disk; memory keeps them, too."""
+
+    state: State
+
 
 @dataclass(frozen=True, slots=True)
 class Demote:
-    """Move a state's bytes from memory to disk."""
+    """Move a state's bytes from memory to disk, or forget those in memory when disk has them already."""
 
     state: State
 
@@ -84,11 +97,26 @@ class Stash:
         return not pinned and self.budgets["ram"] < size_bytes <= self.budgets["disk"]
 
     def add(self, state: State) -> list[Demote | Discard]:
-        """Keep a state; what has to go for it."""
+        """Keep a state; what has to go for it, perhaps itself."""
         self._states[state] = None
         self.used[state.tier] += state.size_bytes
         self.touch(state)
         return self._shrink()
+
+    def copy(self) -> list[Copy | Demote | Discard]:
+        """Have the dearest state that only memory has on disk, too; what has to go for it. None: nothing.
+
+        Copies push out what disk alone has, and never each other.
+        """
+        copied = sum(state.size_bytes for state in self.states if state.copied)
+        room = self.budgets["disk"] - copied
+        wanted = [each for each in self._of("ram") if not each.copied and each.size_bytes <= room]
+        if not wanted:
+            return []
+        state = max(wanted, key=self._cost)
+        state.copied = True
+        self.used["disk"] += state.size_bytes
+        return [*self._shrink(), Copy(state)]
 
     def touch(self, state: State) -> None:
         """A state was of use."""
@@ -98,7 +126,8 @@ class Stash:
         """Its bytes are gone, or about to be."""
         del self._states[state]
         self._worth[state.tier].forget(state)
-        self.used[state.tier] -= state.size_bytes
+        for tier in state.tiers:
+            self.used[tier] -= state.size_bytes
         self._forget(state)
 
     def empty(self, tier: Tier) -> list[Demote | Discard]:
@@ -111,7 +140,7 @@ class Stash:
     def _shrink(self) -> list[Demote | Discard]:
         gone: list[Demote | Discard] = []
         while (victim := self._victim("ram")) is not None:
-            if self._belongs_on_disk(victim):
+            if victim.copied or self._belongs_on_disk(victim):
                 self._demote(victim)
                 gone.append(Demote(victim))
             else:
@@ -129,8 +158,8 @@ class Stash:
     def _demote(self, state: State) -> None:
         self._worth["ram"].forget(state)
         self.used["ram"] -= state.size_bytes
-        self.used["disk"] += state.size_bytes
-        state.tier = "disk"
+        self.used["disk"] += 0 if state.copied else state.size_bytes
+        state.tier, state.copied = "disk", False
         self.touch(state)
 
     def _victim(self, tier: Tier) -> State | None:
@@ -138,9 +167,12 @@ class Stash:
         budget = self.budgets[tier]
         if self.used[tier] <= budget:
             return None
-        candidates = [state for state in self.states if state.tier == tier and not state.pinned]
+        candidates = self._of(tier)
         too_large = [state for state in candidates if state.size_bytes > budget]
         return self._worth[tier].least(too_large or candidates, self._rate)
+
+    def _of(self, tier: Tier) -> list[State]:
+        return [state for state in self.states if state.tier == tier and not state.pinned]
 
     def _rate(self, state: State) -> float:
         return self._cost(state) / max(1, state.size_bytes)

@@ -3,11 +3,17 @@
 stash.py decides which stay. A file is written whole or not at all, carries a checksum, and is only read by an
 engine of the same model, cache types and library; it holds no names, but the tokens of prompts: the folder is
 for the owner's eyes only.
+
+Files are read and written between two calls. 35 MB (1,500 tokens of a small model) take 23 ms to read and
+54 ms to write, 12 ms of each for the checksum, where the page cache has room: a stall of 250 ms is reached at
+about 160 MB. A cryptographic digest would take 57 ms more (BLAKE2b), to guard against what nobody who can
+write the folder needs.
 """
 
 import contextlib
 import hashlib
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +23,7 @@ import numpy as np
 from engine.stash import State
 
 SUFFIX = ".state"
-MAGIC = b"lqstate1"
+MAGIC = b"lqstate2"
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -27,7 +33,7 @@ class Header(msgspec.Struct, frozen=True):
     namespace: str
     tokens: bytes  # int32
     size_bytes: int
-    digest: bytes  # BLAKE2b of the bytes
+    checksum: int  # CRC-32 of the bytes
 
 
 class States:
@@ -56,14 +62,19 @@ class States:
             header, data = _read(path)
         except (OSError, ValueError, msgspec.DecodeError):
             return None
-        return data if hashlib.blake2b(data.data).digest() == header.digest else None
+        return data if zlib.crc32(data.data) == header.checksum else None
 
-    def demote(self, state: State) -> None:
-        """Move a state's bytes to disk; one that cannot be written is missed when it is asked for."""
-        data = self._bytes.pop(state, None)
-        if data is not None and self._folder is not None:
+    def copy(self, state: State) -> None:
+        """Have a state's bytes on disk, too; one that cannot be written is missed when it is asked for."""
+        data = self._bytes.get(state)
+        if data is not None and self._folder is not None and state not in self._files:
             with contextlib.suppress(OSError):  # a full disk costs the cache, not the request
                 self._files[state] = self._write(self._folder, state, data)
+
+    def demote(self, state: State) -> None:
+        """Move a state's bytes to disk, where they may be already."""
+        self.copy(state)
+        self._bytes.pop(state, None)
 
     def discard(self, state: State) -> None:
         """Throw a state's bytes away."""
@@ -74,7 +85,11 @@ class States:
                 path.unlink()
 
     def found(self) -> Iterator[State]:
-        """What an earlier process left for this fingerprint; of other files, those of half a write vanish."""
+        """What an earlier process left for this fingerprint; what nobody can ever use again is deleted.
+
+        That is what half a write left, what is damaged, and what has another fingerprint: the
+        model, an adapter or the library was replaced.
+        """
         if self._folder is None:
             return
         for path in self._folder.glob("*.part"):
@@ -86,6 +101,7 @@ class States:
                 path.unlink(missing_ok=True)
                 continue
             if header.fingerprint != self._fingerprint:
+                path.unlink(missing_ok=True)
                 continue
             tokens = np.frombuffer(header.tokens, np.int32).tolist()
             state = State(tokens, header.namespace, header.size_bytes, tier="disk")
@@ -94,8 +110,7 @@ class States:
 
     def _write(self, folder: Path, state: State, data: np.ndarray) -> Path:
         tokens = np.asarray(state.tokens, np.int32).tobytes()
-        digest = hashlib.blake2b(data.data).digest()
-        header = Header(self._fingerprint, str(state.namespace), tokens, len(data), digest)
+        header = Header(self._fingerprint, str(state.namespace), tokens, len(data), zlib.crc32(data.data))
         head = msgspec.msgpack.encode(header)
         name = hashlib.blake2b(
             repr((self._fingerprint, state.namespace)).encode() + tokens, digest_size=16
@@ -115,7 +130,8 @@ def _read(path: Path, *, head_only: bool = False) -> tuple[Header, np.ndarray]:
             raise ValueError(f"{path}: no saved state")
         size = int.from_bytes(file.read(4), "little")
         header = msgspec.msgpack.decode(file.read(min(size, 1 << 26)), type=Header)
+        n_bytes = os.fstat(file.fileno()).st_size - file.tell()
+        if n_bytes != header.size_bytes:
+            raise ValueError(f"{path}: {n_bytes} bytes instead of {header.size_bytes}")
         data = np.empty(0, np.uint8) if head_only else np.fromfile(file, np.uint8)
-    if not head_only and len(data) != header.size_bytes:
-        raise ValueError(f"{path}: {len(data)} bytes instead of {header.size_bytes}")
     return header, data

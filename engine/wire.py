@@ -115,7 +115,8 @@ class Outputs(NamedTuple):
 
 
 Question = Tokenize | Detokenize | AskStats
-Command = Start | Submit | Cancel | Question
+Asked = Submit | Cancel | Question
+Command = Start | Asked
 Reply = Ready | Failure | Answer | Outputs
 
 

@@ -6,14 +6,17 @@ Between two steps it reads what has come, without waiting while there is work. I
 
 import contextlib
 import gc
+import select
 import signal
 import socket
 import sys
 import time
 import traceback
 from contextlib import ExitStack
+from typing import Any
 
 from engine import wire
+from engine.black_box import BlackBox
 from engine.loading import load
 from engine.loop import Loop
 from engine.pooled import PooledLoop
@@ -35,6 +38,10 @@ RECEIVE_BYTES = 1 << 16  # read at a time
 # that llama.cpp wants too. Nobody reads faster, and nothing waits that is a stream's first or last.
 HOLD_S = 0.025
 
+# Without a request for so long, it writes to disk what a crash would lose, one state after the other: a
+# client that asks again at once waits for none of them, one that comes in the middle for one.
+REST_S = 1.0
+
 
 class ClientGone(Exception):
     """The other end of the socket was closed."""
@@ -53,11 +60,13 @@ class Channel:
         except OSError as error:
             raise ClientGone from error
 
-    def receive(self, *, wait: bool) -> list[wire.Command]:
-        """Every complete message that is there; waits for the first one if `wait`."""
-        messages: list[wire.Command] = []
+    def receive(self, *, wait_s: float | None = 0.0) -> list[Any]:
+        """Every complete message that is there; `wait_s` for the first one, None: for as long as it takes."""
+        messages: list[Any] = []
+        if wait_s and not select.select([self._connection], [], [], wait_s)[0]:
+            return messages
         while len(messages) < MAX_MESSAGES:
-            forever = wait and not messages
+            forever = wait_s is None and not messages
             try:
                 data = self._connection.recv(RECEIVE_BYTES, 0 if forever else socket.MSG_DONTWAIT)
             except BlockingIOError:
@@ -122,9 +131,9 @@ def failure(error: Exception) -> wire.Failure:
     return wire.Failure.of(error)
 
 
-def run(channel: Channel) -> None:
+def run(channel: Channel, box: BlackBox) -> None:
     """Load what the first message names, then serve until the client goes."""
-    (start,) = channel.receive(wait=True)
+    (start,) = channel.receive(wait_s=None)
     assert isinstance(start, wire.Start)
     with ExitStack() as stack:
         try:
@@ -134,11 +143,37 @@ def run(channel: Channel) -> None:
             return
         channel.send(wire.Ready(info))
         gc.freeze()  # what is there now stays; the collector need not walk it between two tokens
-        outbox = Outbox(channel, loop)
+        inbox, outbox = Inbox(channel, loop), Outbox(channel, loop)
+        loop.note = box.note
         while True:
-            for command in channel.receive(wait=loop.idle):
+            for command in inbox.next():
+                box.note([command.id])
                 handle(command, loop, channel)
             outbox.step()
+
+
+class Inbox:
+    """What comes, read between two steps; a long time without requests (`REST_S`) is made use of."""
+
+    def __init__(self, channel: Channel, loop: Loop | PooledLoop) -> None:
+        self._channel = channel
+        self._loop = loop
+        self._idle_s: float | None = None  # since when there is nothing to do, but to answer questions
+
+    def next(self) -> list[wire.Asked]:
+        """What has come; with nothing to do it waits for the first message."""
+        if not self._loop.idle:
+            self._idle_s = None
+            return self._channel.receive()
+        self._loop.note(())
+        now_s = time.perf_counter()
+        self._idle_s = self._idle_s or now_s
+        wait_s: float | None = max(0.0, self._idle_s + REST_S - now_s)
+        while not (commands := self._channel.receive(wait_s=wait_s)):
+            wait_s = 0.0 if self._loop.rest() else None
+        if any(isinstance(each, wire.Submit) for each in commands):
+            self._idle_s = None
+        return commands
 
 
 class Outbox:
@@ -184,10 +219,11 @@ class Outbox:
 
 
 def main() -> None:
-    """Entry point: the file descriptor of the socket is the first argument."""
+    """Entry point: the arguments are the file descriptors of the socket and the black box."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the client decides when to stop
+    box = BlackBox(int(sys.argv[2]))
     with socket.socket(fileno=int(sys.argv[1])) as connection, contextlib.suppress(ClientGone):
-        run(Channel(connection))
+        run(Channel(connection), box)
 
 
 if __name__ == "__main__":

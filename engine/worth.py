@@ -25,6 +25,10 @@ class Worth(Generic[K]):
         self._n_uses += 1
         self._used[key] = self._level, self._n_uses
 
+    def last_use(self, key: K) -> int:
+        """Which of all uses its last one was; 0 for none."""
+        return self._last(key)[1]
+
     def forget(self, key: K) -> None:
         """It is gone, or of no use any more."""
         self._used.pop(key, None)

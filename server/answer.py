@@ -39,6 +39,9 @@ class Collected:
         if isinstance(event, Done):
             self.done = event
         else:
+            if event.anew:
+                self.text.clear()
+                self.logprobs.clear()
             self.text.append(event.text)
             self.logprobs += event.logprobs
 

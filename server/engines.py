@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
@@ -235,16 +236,18 @@ def _draft(
     adapters = tuple(_adapter(entry, path, store) for entry in lora)
     named = {each: _adapter(entry, path, store) for each, entry in model.adapters.items()}
     drafter = store.resolve_model(model.draft_model) if model.draft_model else None
+    pieces = tuple(pieces_of(header))
     folder = None
     if model.cache_disk_mb:
+        files = [*(each.path for each in pieces), *(each for each, _ in (*adapters, *named.values()))]
         mark = _fingerprint(
-            [path, *(each for each, _ in adapters)], model.kv_type_k, model.kv_type_v, adapters
+            files, model.kv_type_k, model.kv_type_v, model.gpu_layers, adapters, list(named), _library()
         )
         folder = store.root / "cache" / "prefixes" / mark
     return _Draft(
         name=name,
         model=model,
-        pieces=tuple(pieces_of(header)),
+        pieces=pieces,
         drafter=tuple(pieces_of(read_header(drafter).require("model"))) if drafter else (),
         lora=adapters,
         adapters=named,
@@ -308,6 +311,11 @@ def _fingerprint(files: Sequence[Path], *others: object) -> str:
     """Changes when a file does, by its size and time, or anything else that is given."""
     marks = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr((marks, others)).encode()).hexdigest()[:32]
+
+
+def _library() -> str:
+    """Its saved states are read by the same one only (engine/loading.py)."""
+    return version("llama-cpp-python")
 
 
 def control_tokens(header: Header) -> re.Pattern[str] | None:

@@ -164,9 +164,12 @@ class Usage:
     def begun(self) -> bool:
         return bool(self._written)
 
-    def wrote(self, index: int, n_tokens: int, *, n_prompt: int = 0) -> None:
-        """A choice has more tokens; `n_prompt`: those of its prompt, when the engine tells them now."""
-        self._written[index] = self._written.get(index, 0) + n_tokens
+    def wrote(self, index: int, n_tokens: int, *, n_prompt: int = 0, anew: bool = False) -> None:
+        """A choice has more tokens, `anew`: these and no others.
+
+        `n_prompt`: those of its prompt, when the engine tells them now.
+        """
+        self._written[index] = n_tokens + (0 if anew else self._written.get(index, 0))
         number, choice = divmod(index, self._n_choices)
         if n_prompt and choice == 0:
             self._prompts[number] = n_prompt

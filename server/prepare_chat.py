@@ -47,6 +47,7 @@ async def chat(roster: Roster, body: ChatRequest) -> Work:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         ignore_eos=bool(body.ignore_eos),
         cache_salt=body.cache_salt or "",
+        replayable=not body.stream,
     )
     sources = None if passages is None else grounding.for_answer(passages)
     return Work(target, choices(request, body.n or 1), sources=sources, n_choices=body.n or 1)

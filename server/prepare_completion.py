@@ -31,6 +31,7 @@ async def completion(roster: Roster, body: CompletionRequest) -> Work:
             ignore_eos=bool(body.ignore_eos),
             parse_special=True,
             cache_salt=body.cache_salt or "",
+            replayable=not body.stream,
         )
         requests += choices(request, body.n or 1)
     prefixes = [echo for echo in echoes for _ in range(body.n or 1)]

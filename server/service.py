@@ -26,6 +26,7 @@ from server.key_settings import policy
 from server.limits import Usage
 from server.machine import Machine, this_machine
 from server.metrics import Metrics
+from server.prefix_folders import Claims
 from server.roster import Roster
 from server.settings import DEFAULT_EMBEDDER, Settings, SettingsError
 from server.ticket import Accounts, Ticket
@@ -146,6 +147,7 @@ async def opened(
     machine = machine or this_machine()
     plans = plan(settings, store, machine)
     budget_bytes = machine.budget(settings.server.memory_budget_mb)
+    claims = Claims(each.config.cache_folder for each in plans.values() if each.config.cache_folder)
     fleet = Fleet(members(plans.values()), start or _start_engine, budget_bytes=budget_bytes)
     embedder = _stored_embedder(settings, store)
     embedders = EmbedderThread(
@@ -159,6 +161,7 @@ async def opened(
         yield Service(settings, roster, embedders, keys, hosts)
     finally:
         await fleet.close()
+        claims.close()
         await embedders.close()
         retriever.close()
 

@@ -71,7 +71,7 @@ class Ticket:
     def saw(self, index: int, event: Event) -> None:
         """Count an event of a choice; what goes beyond the reserved tokens is missed by others at once."""
         if isinstance(event, Delta):
-            self._usage.wrote(index, len(event.tokens), n_prompt=event.n_prompt_tokens)
+            self._usage.wrote(index, len(event.tokens), n_prompt=event.n_prompt_tokens, anew=event.anew)
         else:
             self._usage.ended(
                 index,

@@ -220,7 +220,7 @@ class FakeModel:
             assert held.cells.n_used == self.n_used
         assert set(self.states) == held.stash.states
         for tier in ("ram", "disk"):
-            size = sum(state.size_bytes for state in self.states if state.tier == tier)
+            size = sum(state.size_bytes for state in self.states if tier in state.tiers)
             assert held.stash.used[tier] == size
         check_tree(held.tree)
 

@@ -172,27 +172,6 @@ def test_killed_the_begun_request_fails_the_others_are_sent_again(config):
     asyncio.run(main())
 
 
-def test_a_request_that_outlives_two_processes_fails(config):
-    async def main():
-        async with running(replace(config, n_parallel=1)) as engine:
-            for _ in range(2):
-                if _ == 0:
-                    blocker = asyncio.create_task(answer(engine, ask(max_tokens=400)))
-                    await settled(engine, running=1)
-                    queued = asyncio.create_task(answer(engine, ask(tuple(range(100, 600)), max_tokens=2)))
-                    await settled(engine, waiting=1)
-                os.kill(engine.pid, signal.SIGKILL)
-                if _ == 0:
-                    with pytest.raises(EngineRestarted):
-                        await blocker
-                    while not engine.alive:
-                        await asyncio.sleep(0.01)
-            with pytest.raises(EngineRestarted):
-                await queued
-
-    asyncio.run(main())
-
-
 def test_a_model_that_vanished_makes_the_engine_unavailable_then_well_again(config, tmp_path):
     async def main():
         path = tmp_path / "model.gguf"

@@ -579,6 +579,48 @@ def test_the_end_leaves_prefixes_for_the_next_process():
     assert again.n_cached == 100
 
 
+def backed_up(model) -> list[int]:
+    """Let it rest until nothing is left to do; the lengths of what is on disk then."""
+    for _ in range(20):
+        actions = model.scheduler.back_up()
+        if not actions:
+            model.check_books()
+            return sorted(state.length for state in model.states if "disk" in state.tiers)
+        model.act(actions)
+    raise AssertionError("it never rests")
+
+
+def test_while_nobody_asks_slots_and_saved_states_are_copied_to_disk_once():
+    model = fake(n_slots=2, n_batch=256, n_ctx=256, ram_bytes=10**6, disk_bytes=10**6)
+    for start in range(3):
+        run(model, Sequence(start, prompt(100 + start, start=start), max_tokens=1))
+    assert [state.tier for state in model.states] == ["ram"]
+    assert backed_up(model) == [100, 101, 102]
+    assert model.scheduler.back_up() == []
+    assert model.scheduler.held.stash.used == {"ram": 100, "disk": 303}
+
+
+def test_a_conversation_is_written_again_when_much_is_new_and_replaces_what_it_went_on_from():
+    model = fake(n_slots=1, n_batch=1000, n_ctx=1000, disk_bytes=10**6)
+    for n_tokens, on_disk in ((300, [300]), (350, [300]), (390, [300]), (401, [401])):
+        run(model, Sequence(n_tokens, prompt(n_tokens), max_tokens=1))
+        assert backed_up(model) == on_disk
+
+
+def test_without_a_disk_budget_or_room_nothing_is_written():
+    for disk_bytes in (0, 99):
+        model = fake(n_slots=1, n_batch=256, n_ctx=256, ram_bytes=10**6, disk_bytes=disk_bytes)
+        run(model, Sequence("a", prompt(100), max_tokens=1))
+        assert backed_up(model) == []
+
+
+def test_the_end_leaves_what_two_slots_share():
+    model = fake(n_slots=2, n_batch=256, n_ctx=256, ram_bytes=10**6, disk_bytes=10**6)
+    run(model, *(Sequence(tail, (*prompt(100), tail), max_tokens=1) for tail in (7, 8)))
+    model.act(model.scheduler.retire())
+    assert [state.length for state in model.states] == [101]
+
+
 def test_what_did_not_come_is_computed():
     model = fake(n_slots=1, n_batch=256, n_ctx=256, ram_bytes=10**6)
     run(model, Sequence("a", prompt(100), max_tokens=1))

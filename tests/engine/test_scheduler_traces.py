@@ -103,6 +103,8 @@ class Trace:
                 drafts[each] = [token + (i == wrong) for i, token in enumerate(right)]
         n_prompt = self.chance.choice([None, 1, 4, 20])
         n_brief = self.chance.choice([None, 2, 8])
+        if self.model.scheduler.idle:
+            self.model.act(self.model.scheduler.back_up())
         self.model.step(n_prompt=n_prompt, n_brief=n_brief, drafts=drafts)
         self.model.check_books()
 

@@ -1,6 +1,6 @@
 """Which saved states stay within the budgets."""
 
-from engine.stash import Demote, Discard, Stash, State
+from engine.stash import Copy, Demote, Discard, Stash, State
 
 
 def state(size: int, *, pinned: bool = False) -> State:
@@ -105,3 +105,39 @@ def test_the_end_moves_memory_to_disk():
     gone = kept.empty("ram")
     assert {type(each) for each in gone} == {Demote, Discard}
     assert kept.used == {"ram": 0, "disk": 80}
+
+
+def test_copies_are_counted_on_disk_and_moved_there_without_being_counted_twice():
+    kept = stash(100, 100)
+    one, two = state(40), state(40)
+    kept.add(one)
+    kept.add(two)
+    assert {kept.copy()[0].state, kept.copy()[0].state} == {one, two}
+    assert kept.copy() == []
+    assert kept.used == {"ram": 80, "disk": 80}
+    kept.touch(two)
+    assert kept.add(state(50)) == [Demote(one)]
+    assert (one.tier, one.copied) == ("disk", False)
+    assert kept.used == {"ram": 90, "disk": 80}
+    kept.remove(two)
+    assert kept.used == {"ram": 50, "disk": 40}
+
+
+def test_a_copy_pushes_out_what_only_disk_has_and_no_other_copy():
+    kept = stash(100, 50)
+    old = State(list(range(40)), "", 40, tier="disk")
+    assert kept.add(old) == []
+    one, two = state(40), state(40)
+    kept.add(one)
+    kept.add(two)
+    (gone, copied) = kept.copy()
+    assert gone == Discard(old)
+    assert isinstance(copied, Copy)
+    assert kept.copy() == [], "the other one does not fit beside it"
+    assert kept.used == {"ram": 80, "disk": 40}
+
+
+def test_what_is_pinned_is_not_copied():
+    kept = stash(100, 100)
+    kept.add(state(40, pinned=True))
+    assert kept.copy() == []

@@ -47,10 +47,25 @@ def test_two_states_of_the_same_tokens_share_a_file_until_both_are_gone(folder):
     assert list(folder.iterdir()) == []
 
 
-def test_another_engine_finds_nothing_and_leaves_it_there(folder):
+def test_what_another_fingerprint_left_is_deleted_for_it_fits_nobody_any_more(folder):
     demoted(folder, 1, 2, 3)
     assert list(States(folder, fingerprint="other").found()) == []
-    assert len(list(States(folder, fingerprint="f").found())) == 1
+    assert list(folder.iterdir()) == []
+
+
+def test_a_copy_on_disk_outlives_the_process_and_memory_is_still_read(folder):
+    states, one = States(folder, fingerprint="f"), state(1, 2, 3)
+    states.keep(one, DATA)
+    states.copy(one)
+    (path,) = folder.iterdir()
+    (found,) = (later := States(folder, fingerprint="f")).found()
+    assert np.array_equal(later.read(found), DATA)
+    path.write_bytes(b"damaged")
+    assert np.array_equal(states.read(one), DATA), "from memory"
+    path.unlink()
+    states.demote(one)
+    assert list(folder.iterdir()) == [], "it was written before, and is not again"
+    assert states.read(one) is None
 
 
 def test_files_are_for_their_owner_alone(folder):
@@ -81,6 +96,14 @@ def test_a_damaged_file_is_no_state(folder, damage):
     else:
         path.write_bytes(content)
     assert states.read(found) is None
+
+
+def test_a_file_that_was_cut_short_is_deleted_and_not_counted(folder):
+    demoted(folder, 1, 2, 3)
+    (path,) = folder.iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    assert list(States(folder, fingerprint="f").found()) == []
+    assert not path.exists()
 
 
 def test_rubbish_in_the_folder_is_cleared_and_others_files_stay(folder):

@@ -16,6 +16,7 @@ from engine.request import (
     Done,
     EngineConfig,
     EngineInfo,
+    EngineRestarted,
     EngineStats,
     InputTooLong,
     Pooled,
@@ -49,6 +50,7 @@ class FakeEngine:
         self.says = ["Hel", "lo", "!"]
         self.fails: Exception | None = None  # before the first event
         self.breaks: Exception | None = None  # after the first event
+        self.dies = False  # once, after the first event
         self.stall: asyncio.Event | None = None  # waited for before the first event
         self.pause: asyncio.Event | None = None  # waited for after the first event
         self.requests = []
@@ -89,6 +91,12 @@ class FakeEngine:
         try:
             if self.stall:
                 await self.stall.wait()
+            if self.dies:
+                self.dies = False
+                yield Delta(self.says[0], (1,), self._logprobs(request, self.says[0]), n_prompt)
+                if not request.replayable:
+                    raise EngineRestarted("died")
+                yield Delta("", (), anew=True)
             for number, text in enumerate(self.says):
                 yield Delta(text, (1,), self._logprobs(request, text), n_prompt if number == 0 else 0)
                 if number == 0 and self.breaks:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 
 import httpx
 import numpy as np
@@ -183,3 +184,17 @@ def test_an_assistant_with_an_adapter_answers_otherwise_than_its_model(store, ad
     assert base
     assert same == base
     assert tuned != base
+
+
+def test_saved_prefixes_are_for_the_adapters_that_may_be_named_as_they_are_now(store, adapter):
+    def folder(**fields):
+        models = {SMOL: Model(n_ctx=256, n_parallel=1, cache_disk_mb=10, **fields)}
+        return plan(complete(Settings(models=models), "test"), store)[SMOL].config.cache_folder
+
+    before = folder(adapters={"legal": str(adapter)})
+    assert before.parent == store.root / "cache" / "prefixes"
+    assert before == folder(adapters={"legal": str(adapter)})
+    assert before != folder(adapters={"other": str(adapter)})
+    assert before != folder(adapters={"legal": str(adapter)}, gpu_layers=0)
+    os.utime(adapter / "adapter_model.safetensors", (1, 1))
+    assert before != folder(adapters={"legal": str(adapter)})
