@@ -58,6 +58,8 @@ PURE = [
     "scheduler",
     "turns",
     "pace",
+    "luck",
+    "bounds",
     "lookup",
 ]
 
