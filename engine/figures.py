@@ -4,7 +4,6 @@ from collections import deque
 from dataclasses import dataclass, field, fields
 from typing import Protocol
 
-from engine.pace import Luck
 from engine.request import EngineStats
 from engine.scheduler import Scheduler
 
@@ -13,6 +12,14 @@ _STALLS_KEPT = 2048  # of the latest calls that let a stream wait
 
 class _Sized(Protocol):
     n_ctx: int
+
+
+class _Guessing(Protocol):
+    @property
+    def n_tried(self) -> int: ...
+
+    @property
+    def n_right(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -47,7 +54,7 @@ class Figures:
         ordered = sorted(self.stalls_s)
         return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
-    def snapshot(self, scheduler: Scheduler, context: _Sized, luck: Luck) -> EngineStats:
+    def snapshot(self, scheduler: Scheduler, context: _Sized, guessing: _Guessing) -> EngineStats:
         """All figures as they are now."""
         held, stash = scheduler.held, scheduler.held.stash
         running = scheduler.running
@@ -66,8 +73,8 @@ class Figures:
             cache_disk_bytes=stash.used["disk"],
             cache_states=len(stash.states),
             preempted_total=scheduler.n_preempted,
-            guessed_tokens_total=luck.n_tried,
-            right_guesses_total=luck.n_right,
+            guessed_tokens_total=guessing.n_tried,
+            right_guesses_total=guessing.n_right,
             stall_p50_ms=self.stall_ms(0.5),
             stall_p99_ms=self.stall_ms(0.99),
             stall_max_ms=self.stall_ms(1.0),

@@ -46,7 +46,7 @@ def load(config: EngineConfig, stack: ExitStack) -> tuple[Loop | PooledLoop, Eng
     if applied:
         context.apply(applied)
     drafter = open_drafter(model, config, stack)
-    pace = Pace(max_stall_s=config.max_stall_ms / 1000)
+    pace = Pace(max_stall_s=config.max_stall_ms / 1000, in_streams=not context.unified)
     token_bytes = warm_up(context, pace)
     loop = Loop(
         model,
@@ -103,6 +103,7 @@ def open_drafter(model: Model, config: EngineConfig, stack: ExitStack) -> Drafte
         n_gpu_layers=config.n_gpu_layers,
     )
     stack.callback(drafter.close)
+    drafter.warm_up(max(0, model.bos_id or 0))
     return drafter
 
 

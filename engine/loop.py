@@ -8,16 +8,21 @@ import hashlib
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from collections.abc import Sequence as Items
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from engine.bounds import tokens_within
+from engine.defects import told
 from engine.drafter import Drafter
 from engine.figures import Figures
+from engine.guessing import Guessing
 from engine.hands import Hands, Scaled
 from engine.holdings import Costs
 from engine.llama import Adapter, Context, DecodeFailed, Model
-from engine.pace import GUESSES_A_SEQUENCE, Luck, Pace
+from engine.luck import GUESSES_A_SEQUENCE
+from engine.pace import Pace
 from engine.request import (
     ContextOverflow,
     EngineError,
@@ -68,10 +73,10 @@ class Loop:
         self.n_ctx = n_ctx
         self.max_queue = max_queue
         self.figures = Figures()
-        self.pace = pace or Pace()
-        self.luck = Luck(self.pace)
-        self.guesses = guesses if context.can_share_prefixes else 0
-        self.drafter = drafter if self.guesses else None
+        self.pace = pace or Pace(in_streams=not context.unified)
+        self.guessing = Guessing(
+            self.pace, most=guesses if context.can_share_prefixes else 0, drafter=drafter
+        )
         self.hands = Hands(context, states or States(), applied=applied, adapters=adapters)
         self.scheduler = Scheduler(
             n_slots=n_parallel,
@@ -104,8 +109,6 @@ class Loop:
         self._check_adapters(request)
         prompt = self._tokens(request)
         room = self.n_ctx - len(prompt)
-        if room < 1:
-            raise ContextOverflow(len(prompt), self.n_ctx)
         if self.max_queue is not None and self.scheduler.is_full_for(request.tenant, self.max_queue):
             raise QueueFull(len(self.scheduler.queue), retry_after_s=self._wait_s())
         sampler = Sampler(self.context, request.sampling, prompt=prompt, ignore_eos=request.ignore_eos)
@@ -138,8 +141,7 @@ class Loop:
         running = self.scheduler.running
         writing = [each for each in running if each.is_writing]
         # Beside prompts a call is long as it is, and what guesses cost could not be told apart.
-        guesses = self.guesses and writing and len(writing) == len(running)
-        drafts = self._guess(self._next_of(writing)) if guesses else None
+        drafts = self._guess(self._next_of(writing)) if len(writing) == len(running) else None
         limits = Limits(self.pace.n_prompt(len(writing)), self.pace.n_brief())
         plan = self.scheduler.plan(limits=limits, drafts=drafts)
         self._act(plan.actions)
@@ -156,7 +158,7 @@ class Loop:
 
     def stats(self) -> EngineStats:
         """A snapshot; counters since this loop was made."""
-        return self.figures.snapshot(self.scheduler, self.context, self.luck)
+        return self.figures.snapshot(self.scheduler, self.context, self.guessing)
 
     def rest(self) -> bool:
         """Write to disk one thing that a crash would lose, while nobody asks; whether there may be more."""
@@ -189,13 +191,14 @@ class Loop:
 
     def _tokens(self, request: GenerationRequest) -> tuple[int, ...]:
         if isinstance(request.prompt, str):
-            tokens = self.model.tokenize(
-                request.prompt, add_special=request.add_special, parse_special=request.parse_special
-            )
+            how = {"add_special": request.add_special, "parse_special": request.parse_special}
+            tokens = tokens_within(partial(self.model.tokenize, **how), request.prompt, self.n_ctx)
             if not tokens:
                 raise InvalidRequest("the prompt is empty: give at least one character", field="prompt")
             return tuple(tokens)
         self.check_tokens(request.prompt, field="prompt")
+        if len(request.prompt) >= self.n_ctx:
+            raise ContextOverflow(len(request.prompt), self.n_ctx)
         return tuple(request.prompt)
 
     def _check_adapters(self, request: GenerationRequest) -> None:
@@ -223,38 +226,23 @@ class Loop:
         return [each for each in sequences if each.adapters == adapters]
 
     def _guess(self, writing: list[Sequence]) -> dict[Sequence, list[int]]:
-        """Tokens worth checking along with each writing sequence's own: its own words, else a draft's."""
+        """Tokens worth checking along with each writing sequence's own."""
         gives_way = self.scheduler.turns.is_over_share
-        most = {each: min(GUESSES_A_SEQUENCE, each.n_behind_next) * (not gives_way(each)) for each in writing}
-        found = {each: self._writing[each.id].lookup.guess(each.tokens, most[each]) for each in writing}
-        quoted = {each: guesses for each, guesses in found.items() if guesses}
-        if quoted:
-            counts = self._within({each: len(guesses) for each, guesses in quoted.items()}, writing)
-            return {each: quoted[each][:count] for each, count in counts.items()}
-        if self.drafter is None:
-            return {}
-        ready = self.drafter.ready([each for each in writing if most[each]])
-        counts = self._within({each: most[each] for each in ready}, writing, depth_s=self.drafter.call_s)
-        return self.drafter.guess(counts) if counts else {}
-
-    def _within(
-        self, possible: Mapping[Sequence, int], writing: list[Sequence], *, depth_s: float = 0.0
-    ) -> dict[Sequence, int]:
-        """How many guesses of each pay, and fit the logits that a call may have."""
-        counts = self.luck.worthwhile(possible, len(writing), depth_s=depth_s)
-        left, chosen = self.guesses, {}
-        for sequence in writing:
-            count = min(left, counts.get(sequence, 0))
-            if count:
-                chosen[sequence] = count
-                left -= count
-        return chosen
+        limits = {
+            each: 0 if gives_way(each) else min(GUESSES_A_SEQUENCE, each.n_behind_next) for each in writing
+        }
+        return self.guessing.choose(limits)
 
     def _learn(self, plan: Plan, seconds: float) -> None:
         n_writing = sum(chunk.is_writing for chunk in plan.chunks)
         n_guesses = sum(chunk.n_draft for chunk in plan.chunks)
         n_prompt = sum(len(chunk.tokens) for chunk in plan.chunks) - n_writing - n_guesses
-        self.pace.learn(n_writing=n_writing, n_prompt=n_prompt, seconds=seconds, n_guesses=n_guesses)
+        even = len({chunk.n_draft for chunk in plan.chunks}) == 1
+        if not n_prompt:
+            self.guessing.called(n_writing, n_guesses=n_guesses, seconds=seconds)
+        self.pace.learn(
+            n_writing=n_writing, n_prompt=n_prompt, seconds=seconds, n_guesses=n_guesses, even=even
+        )
 
     def _decode(self, chunks: list[Chunk]) -> list[Output]:
         self.note(chunk.sequence.id for chunk in chunks)
@@ -303,9 +291,9 @@ class Loop:
         self.note((sequence.id,))  # a grammar that makes llama.cpp abort is this one's alone
         try:
             progress = writing.choose(self.context, chunk, index)
-        except EngineError as error:
+        except Exception as error:  # a defect that one request's grammar or stops bring out must not end all
             self._fail(writing)
-            return [(sequence.id, error)]
+            return [(sequence.id, told(error))]
         if before_s:
             self.figures.waited(writing.last_s - before_s)
         self._keep(chunk, progress)
@@ -328,7 +316,7 @@ class Loop:
             self.scheduler.wrote(sequence, token)
         if chunk.n_draft:
             assert sequence.slot is not None
-            self.luck.learn(sequence, n_guesses=chunk.n_draft, n_right=progress.n_right)
+            self.guessing.learn(sequence, n_guesses=chunk.n_draft, n_right=progress.n_right)
             if n_kept < len(chunk.tokens):
                 self.context.remove(sequence.slot, chunk.start + n_kept)
 
@@ -343,7 +331,7 @@ class Loop:
         counters.cached_tokens_total += sequence.n_cached or 0
         counters.completion_tokens_total += sequence.n_written
         del self._writing[sequence.id]
-        self.luck.forget(sequence)
+        self.guessing.forget(sequence)
         self._act(self.scheduler.release(sequence, forget=forget))
         writing.close()
 

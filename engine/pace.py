@@ -1,15 +1,11 @@
-"""How long a call will take, learnt from those before it: how many prompt tokens and guesses it may hold.
+"""How long a call will take, learnt from those before it, and how many prompt tokens it may hold.
 
 Pure: seconds in, numbers of tokens out. Times are smoothed, so that the estimates follow a machine that
 others slow down.
 """
 
 from bisect import bisect_left
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
-
-K = TypeVar("K", bound=Hashable)
+from collections.abc import Callable
 
 MIN_PROMPT = 8  # tokens of prompts in every call, whatever the stall: a prompt must come to its end
 # Of the stall: a call of prompts of those over their share, which others who come wait for. It makes 50 ms of
@@ -22,31 +18,40 @@ CAUTION = 0.75  # of the stall is planned for: times vary, and what was written 
 CALM = 0.9
 MOST_SURPRISE = 1.5
 SMOOTHING = 0.3  # weight of the newest time
-WORTH = 1.03  # guesses must promise this much more to be tried
-GUESSES_A_SEQUENCE = 8  # in one call, at most
-FORGETTING = 0.004  # a step: how soon a sequence that guessed badly is tried again
-TRUST_EVENTS = 4.0  # guesses that the common experience counts for, against a sequence's own
+FORGETTING = 0.004  # a step: how soon what calls with guesses took is believed no more
 
 
 class Pace:
-    """Estimates of one engine; while somebody is writing, a call may take `max_stall_s` (None: any time)."""
+    """Estimates of one engine; while somebody is writing, a call may take `max_stall_s` (None: any time).
 
-    def __init__(self, *, max_stall_s: float | None = None) -> None:
+    `in_streams`: within llama.cpp a call of sequences with unlike numbers of tokens is several.
+    """
+
+    def __init__(self, *, max_stall_s: float | None = None, in_streams: bool = False) -> None:
         self.max_stall_s = max_stall_s
-        self._writing_s: dict[int, float] = {}  # a call by its sequences, a token of each and nothing else
-        # A call by its sequences and then its tokens, guesses among them. Apart from the other, since tokens
-        # of sequences of unlike numbers are calls of their own within llama.cpp.
-        self._guessing_s: dict[int, dict[int, float]] = {}
+        self.in_streams = in_streams
+        self._writing = _Line()  # a call by its sequences, a token of each and nothing else
+        # What a call takes longer by its guesses, for so many sequences, and with as many guesses for each or
+        # with unlike numbers of them.
+        self._extra: dict[tuple[int, bool], _Line] = {}
         self._prompt_token_s: float | None = None
         self._surprise = 1.0
+        self.n_guessing = 0  # calls with guesses since one without
 
-    def learn(self, *, n_writing: int, n_prompt: int, seconds: float, n_guesses: int = 0) -> None:
-        """A call held a token of so many writing sequences, so many guesses, and tokens of prompts."""
+    def learn(
+        self, *, n_writing: int, n_prompt: int, seconds: float, n_guesses: int = 0, even: bool = True
+    ) -> None:
+        """A call held a token of so many writing sequences, so many guesses, and tokens of prompts.
+
+        `even`: all of the writing sequences had as many guesses.
+        """
         if not n_prompt:
-            known = self._guessing_s.setdefault(n_writing, {}) if n_guesses else self._writing_s
-            n_tokens = n_writing + n_guesses
-            before = known.get(n_tokens, seconds)
-            known[n_tokens] = before + SMOOTHING * (seconds - before)
+            self.n_guessing = self.n_guessing + 1 if n_guesses else 0
+        if n_guesses and not n_prompt:
+            line = self._extra.setdefault((n_writing, even or not self.in_streams), _Line(start=True))
+            line.learn(n_guesses, max(0.0, seconds - self.writing_s(n_writing)))
+        elif not n_prompt:
+            self._writing.learn(n_writing, seconds)
         elif n_prompt >= MIN_PROMPT:
             a_token_s = max(1e-9, seconds - self.writing_s(n_writing)) / n_prompt
             before_s = a_token_s if self._prompt_token_s is None else self._prompt_token_s
@@ -58,20 +63,50 @@ class Pace:
 
     def writing_s(self, n_writing: int) -> float:
         """Seconds of a call of so many writing sequences: between known ones on a line."""
-        return _on_line(self._writing_s, n_writing)
+        return self._writing.at(n_writing)
 
-    def guessing_s(self, n_writing: int, n_guesses: int) -> float:
-        """The same with guesses; as long as none were made beside so many, as of so many sequences."""
-        known = self._guessing_s.get(n_writing)
-        if not known or not n_guesses:
-            return self.writing_s(n_writing + n_guesses)
-        return _on_line({n_writing: self.writing_s(n_writing)} | known, n_writing + n_guesses)
+    def shares_s(self, n_writing: int) -> tuple[float, float]:
+        """The same, cut in two: what a call takes by itself, and what each sequence adds to it.
+
+        Of calls of one and of `n_writing` alone: between two numbers that are close, the times that were
+        measured differ by chance.
+        """
+        seconds = self.writing_s(n_writing)
+        more = max(0.0, seconds - self.writing_s(1))
+        each = more / (n_writing - 1) if n_writing > 1 else 0.0
+        return seconds - n_writing * each, each
+
+    def guessing_s(self, n_writing: int, n_guesses: int, *, even: bool = True) -> float:
+        """The same with guesses; as long as none were made, what as many tokens of more sequences take."""
+        line = self._line(n_writing, even)
+        extra_s = self._hoped_s(n_writing, n_guesses, even) if line is None else line.at(n_guesses)
+        return self.writing_s(n_writing) + extra_s
 
     def doubt(self, n_writing: int) -> None:
         """No guesses pay beside so many sequences: what they took is believed a little less."""
-        for n_tokens, seconds in self._guessing_s.get(n_writing, {}).items():
-            hoped = self.writing_s(n_tokens)
-            self._guessing_s[n_writing][n_tokens] = seconds + FORGETTING * (hoped - seconds)
+        for even in (True, False):
+            if (line := self._line(n_writing, even)) is not None:
+                line.drift(lambda count, even=even: self._hoped_s(n_writing, count, even))
+
+    def _line(self, n_writing: int, even: bool) -> "_Line | None":
+        """What guesses took beside so many sequences, or the nearest number that any were made beside."""
+        even = even or not self.in_streams
+        known = self._extra.get((n_writing, even))
+        if known is None:
+            near = [count for count, same in self._extra if same == even]
+            if near:
+                known = self._extra[min(near, key=lambda count: abs(count - n_writing)), even]
+        return known
+
+    def _hoped_s(self, n_writing: int, n_guesses: int, even: bool) -> float:
+        """What guesses may take: that of a call of their own, unless all tokens are one call."""
+        if self.in_streams and not even:
+            return self.writing_s(n_guesses)
+        return max(0.0, self.writing_s(n_writing + n_guesses) - self.writing_s(n_writing))
+
+    def rest_s(self, seconds: float) -> float:
+        """What is left of the longest stall beside a call that will take so long; infinity: any time."""
+        return float("inf") if self.max_stall_s is None else CAUTION * self.max_stall_s - seconds
 
     def n_prompt(self, n_writing: int) -> int | None:
         """Prompt tokens that the next call may hold beside writing sequences; None: any number."""
@@ -91,90 +126,41 @@ class Pace:
         return max(MIN_PROMPT, int(CAUTION * BRIEF * self.max_stall_s / self._prompt_token_s))
 
 
-def _on_line(seconds: Mapping[int, float], n_tokens: int) -> float:
-    """Between the two known numbers of tokens that are nearest, or beyond the last two; 0 of nothing."""
-    if not n_tokens or not seconds:
-        return 0.0
-    known = sorted(seconds)
-    at = bisect_left(known, n_tokens)
-    if at < len(known) and known[at] == n_tokens:
-        return seconds[n_tokens]
-    if at == 0 or len(known) == 1:
-        return seconds[known[0]] * max(1.0, n_tokens / known[0])
-    right = min(at, len(known) - 1)
-    left = right - 1
-    low, high = seconds[known[left]], seconds[known[right]]
-    slope = max(0.0, high - low) / (known[right] - known[left])
-    return low + slope * (n_tokens - known[left])
+class _Line:
+    """Seconds by numbers of tokens, smoothed; between two numbers that are known on a line."""
 
+    __slots__ = ("_counts", "_seconds")
 
-@dataclass(slots=True)
-class _Record:
-    """How often guesses for one sequence were right."""
+    def __init__(self, *, start: bool = False) -> None:
+        """`start`: none take nothing, and what one takes is on the line to them."""
+        self._counts = [0] * start
+        self._seconds = [0.0] * start
 
-    tried: float = 0.0
-    right: float = 0.0
+    def learn(self, count: int, seconds: float) -> None:
+        """So many took so long."""
+        at = bisect_left(self._counts, count)
+        if at < len(self._counts) and self._counts[at] == count:
+            self._seconds[at] += SMOOTHING * (seconds - self._seconds[at])
+        else:
+            self._counts.insert(at, count)
+            self._seconds.insert(at, seconds)
 
+    def at(self, count: int) -> float:
+        """Between the two known numbers that are nearest, or beyond the last two; 0 of nothing."""
+        counts, seconds = self._counts, self._seconds
+        if not count or not counts:
+            return 0.0
+        at = bisect_left(counts, count)
+        if at < len(counts) and counts[at] == count:
+            return seconds[at]
+        if at == 0 or len(counts) == 1:
+            return seconds[0] * max(1.0, count / counts[0])
+        right = min(at, len(counts) - 1)
+        low, high = seconds[right - 1], seconds[right]
+        slope = max(0.0, high - low) / (counts[right] - counts[right - 1])
+        return low + slope * (count - counts[right - 1])
 
-HOPE = _Record(2.0, 1.0)  # before anything is known
-
-
-@dataclass(slots=True)
-class Luck:
-    """How far guesses can be trusted, sequence by sequence, and how many are worth their time."""
-
-    pace: Pace
-    n_tried: int = 0
-    n_right: int = 0
-    _common: _Record = field(default_factory=lambda: replace(HOPE))
-    _own: dict[Hashable, _Record] = field(default_factory=dict)
-
-    def learn(self, key: Hashable, *, n_guesses: int, n_right: int) -> None:
-        """Of a sequence's guesses the first `n_right` were; those behind the first wrong one say nothing."""
-        self.n_tried += n_guesses
-        self.n_right += n_right
-        n_tried = min(n_guesses, n_right + 1)
-        for record in (self._own.setdefault(key, _Record()), self._common):
-            record.tried = 0.9 * record.tried + n_tried
-            record.right = 0.9 * record.right + n_right
-
-    def forget(self, key: Hashable) -> None:
-        """The sequence ended."""
-        self._own.pop(key, None)
-
-    def chance(self, key: Hashable) -> float:
-        """That the next guess is right, given that those before it were."""
-        common = self._common.right / max(1.0, self._common.tried)
-        own = self._own.get(key, _Record())
-        return (own.right + TRUST_EVENTS * common) / (own.tried + TRUST_EVENTS)
-
-    def worthwhile(self, guesses: Mapping[K, int], n_writing: int, *, depth_s: float = 0.0) -> dict[K, int]:
-        """How many of each sequence's guesses make the next call write most tokens a second.
-
-        `guesses`: how many there are; `depth_s`: what the first, the second ... of all of them takes to make.
-        """
-        gains: list[tuple[float, K, int]] = []
-        for key, count in guesses.items():
-            own = self._own.get(key)
-            if own is not None:
-                own.tried *= 1 - FORGETTING
-                own.right *= 1 - FORGETTING
-            chance = self.chance(key)
-            gains += [(chance**place, key, place) for place in range(1, count + 1)]
-        gains.sort(key=lambda gain: -gain[0])
-        best, best_rate = 0, WORTH * n_writing / max(1e-9, self.pace.writing_s(n_writing))
-        expected, depth = float(n_writing), 0
-        for n_guesses, (gain, _, place) in enumerate(gains, start=1):
-            expected, depth = expected + gain, max(depth, place)
-            seconds = self.pace.guessing_s(n_writing, n_guesses) + depth * depth_s
-            rate = expected / max(1e-9, seconds)
-            if rate > best_rate:
-                best, best_rate = n_guesses, rate
-        if not best:  # neither bad luck nor a slow call is believed for ever
-            self.pace.doubt(n_writing)
-            self._common.tried += FORGETTING * (HOPE.tried - self._common.tried)
-            self._common.right += FORGETTING * (HOPE.right - self._common.right)
-        counts: dict[K, int] = {}
-        for _, key, _ in gains[:best]:
-            counts[key] = counts.get(key, 0) + 1
-        return counts
+    def drift(self, hoped: Callable[[int], float]) -> None:
+        """Believe a little less in what was measured and a little more in what is hoped."""
+        for at, count in enumerate(self._counts):
+            self._seconds[at] += FORGETTING * (hoped(count) - self._seconds[at])

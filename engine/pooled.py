@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.bounds import CHARACTERS_PER_TOKEN, is_too_long
 from engine.figures import Counters
 from engine.llama import Context, DecodeFailed, Model
 from engine.pairs import Pairs
@@ -33,10 +34,6 @@ from engine.request import (
 )
 
 Output = tuple[Hashable, Pooled | EngineError]
-
-#: Texts of more characters for each token that the model reads are refused uncounted: counting the tokens of
-#: 10 MB takes seconds. Prose has 2 to 6, the longest words of a vocabulary about 20.
-CHARACTERS_PER_TOKEN = 64
 
 
 class ResultIsNoNumber(EngineError):
@@ -204,7 +201,7 @@ class PooledLoop:
         text = request.inputs[index]
         n_characters = len(text) + len(request.query or "")
         with_query = "" if request.query is None else " with the query"
-        if n_characters > CHARACTERS_PER_TOKEN * self.n_ctx:
+        if is_too_long(n_characters, self.n_ctx):
             most = f"{self.n_ctx} tokens, never more than {CHARACTERS_PER_TOKEN * self.n_ctx} characters"
             raise InputTooLong(index, f"{n_characters} characters{with_query}", most)
         if self._pairs is not None and request.query is not None:

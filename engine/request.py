@@ -42,13 +42,16 @@ class InvalidRequest(EngineError):
 class ContextOverflow(EngineError):
     """The prompt leaves no room for a single new token."""
 
-    def __init__(self, n_prompt_tokens: int, n_ctx: int) -> None:
+    def __init__(self, n_prompt_tokens: int, n_ctx: int, *, at_least: bool = False) -> None:
+        """`at_least`: so many were counted, and then no more."""
+        counted = f"at least {n_prompt_tokens}" if at_least else str(n_prompt_tokens)
         super().__init__(
-            f"the prompt has {n_prompt_tokens} tokens but the context holds {n_ctx}, the answer included: "
+            f"the prompt has {counted} tokens but the context holds {n_ctx}, the answer included: "
             f"shorten the prompt or start the engine with a larger n_ctx"
         )
         self.n_prompt_tokens = n_prompt_tokens
         self.n_ctx = n_ctx
+        self.at_least = at_least
 
 
 class InputTooLong(InvalidRequest):

@@ -11,12 +11,12 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from contextlib import ExitStack
 from typing import Any
 
 from engine import wire
 from engine.black_box import BlackBox
+from engine.defects import told
 from engine.loading import load
 from engine.loop import Loop
 from engine.pooled import PooledLoop
@@ -87,14 +87,14 @@ def handle(command: wire.Command, loop: Loop | PooledLoop, channel: Channel) -> 
             try:
                 submit(id, request, loop)
             except Exception as error:  # a request must not end the others
-                channel.send(wire.Outputs([(id, failure(error))]))
+                channel.send(wire.Outputs([(id, wire.Failure.of(told(error)))]))
         case wire.Cancel(id):
             loop.cancel(id)
         case wire.Tokenize() | wire.Detokenize() | wire.AskStats():
             try:
                 value = answer(command, loop)
             except Exception as error:  # nor may a question
-                value = failure(error)
+                value = wire.Failure.of(told(error))
             channel.send(wire.Answer(command.id, value))
 
 
@@ -121,14 +121,6 @@ def answer(question: wire.Question, loop: Loop | PooledLoop) -> list[int] | str 
             return loop.model.detokenize(tokens)
         case wire.AskStats():
             return loop.stats()
-
-
-def failure(error: Exception) -> wire.Failure:
-    """What is not an EngineError is a defect: its traceback goes to stderr, its text to the caller."""
-    if not isinstance(error, EngineError):
-        traceback.print_exception(error)
-        error = EngineError(f"internal error: {type(error).__name__}: {error}")
-    return wire.Failure.of(error)
 
 
 def run(channel: Channel, box: BlackBox) -> None:

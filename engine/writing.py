@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass, field
 
 from engine.llama import Context
-from engine.lookup import Lookup
 from engine.request import Delta, Done, FinishReason, GenerationRequest, TokenLogprob
 from engine.sampling import Sampler, logprobs
 from engine.sequence import Chunk, Sequence
@@ -41,7 +40,6 @@ class Writing:
     sampler: Sampler
     stops: StopStrings
     decoder: Decoder = field(default_factory=Decoder)
-    lookup: Lookup = field(default_factory=Lookup)
     admitted_s: float = 0.0
     first_s: float = 0.0  # when the first token was chosen
     last_s: float = 0.0  # when tokens came last

@@ -108,7 +108,7 @@ class PromptTooLong(ContextOverflow):
     """The same, with the field of the request that the prompt came from."""
 
     def __init__(self, overflow: ContextOverflow, param: str) -> None:
-        super().__init__(overflow.n_prompt_tokens, overflow.n_ctx)
+        super().__init__(overflow.n_prompt_tokens, overflow.n_ctx, at_least=overflow.at_least)
         self.param = param
 
 

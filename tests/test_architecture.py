@@ -61,6 +61,8 @@ PURE = [
     "rotation",
     "turns",
     "pace",
+    "luck",
+    "bounds",
     "lookup",
 ]
 

@@ -9,7 +9,8 @@ from engine.drafter import Drafter, check_vocabulary
 from engine.llama import Context, DecodeFailed, Model
 from engine.lookup import Lookup
 from engine.loop import Loop
-from engine.pace import GUESSES_A_SEQUENCE, Pace
+from engine.luck import GUESSES_A_SEQUENCE
+from engine.pace import Pace
 from engine.request import Done, GenerationRequest, ModelLoadFailed, Sampling
 
 LIST = "Copy this list. alpha beta gamma delta epsilon zeta eta theta iota kappa\nalpha beta gamma"
@@ -22,7 +23,7 @@ class Flat(Pace):
     def writing_s(self, n_writing: int) -> float:
         return 10.0 if n_writing else 0.0
 
-    def guessing_s(self, n_writing: int, n_guesses: int) -> float:
+    def guessing_s(self, n_writing: int, n_guesses: int, *, even: bool = True) -> float:  # noqa: ARG002
         return self.writing_s(n_writing + n_guesses)
 
 

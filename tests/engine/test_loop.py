@@ -6,7 +6,15 @@ import pytest
 
 from engine.llama import Context, DecodeFailed
 from engine.loop import Loop
-from engine.request import ContextOverflow, GenerationRequest, InvalidRequest, QueueFull, Sampling
+from engine.request import (
+    ContextOverflow,
+    Delta,
+    EngineError,
+    GenerationRequest,
+    InvalidRequest,
+    QueueFull,
+    Sampling,
+)
 
 GREEDY = Sampling(temperature=0)
 
@@ -272,3 +280,63 @@ def test_the_pace_is_learnt_from_calls_and_not_from_what_comes_before_them(make_
         loop.step()
     assert learnt_s == [3, 3, 3]
     assert loop.stats().busy_s == 3 * 103
+
+
+def test_a_defect_in_one_sequences_sampler_fails_it_alone(make_loop, drain, monkeypatch, capfd):
+    requests = [ask(f"Write about {subject}:") for subject in SUBJECTS[:3]]
+    expected = drain(make_loop(), *requests)
+    loop = make_loop()
+    for id, request in enumerate(requests):
+        loop.submit(id, request)
+    broken, n_drawn = loop._writing[1].sampler, []
+    sample = broken.sample
+
+    def breaks(index: int) -> int:
+        n_drawn.append(index)
+        if len(n_drawn) == 3:
+            raise ZeroDivisionError("a sampler's own")
+        return sample(index)
+
+    monkeypatch.setattr(broken, "sample", breaks)
+    outputs: list = []
+    while not loop.idle:
+        outputs += loop.step()
+    ends = {id: event for id, event in outputs if not isinstance(event, Delta)}
+    assert type(ends[1]) is EngineError
+    assert str(ends[1]) == "internal error: ZeroDivisionError: a sampler's own"
+    assert "in breaks" in capfd.readouterr().err, "the place goes to stderr"
+    for id in (0, 2):
+        tokens = [
+            token for each, event in outputs if each == id and type(event) is Delta for token in event.tokens
+        ]
+        assert tokens == expected[id].tokens
+    assert loop.stats().failed_total == 1
+    again = drain(loop, requests[1])[0]
+    assert again.done.n_cached_tokens < 3, "what the broken one left is forgotten"
+    assert again.tokens == expected[1].tokens
+
+
+def test_a_defect_in_the_first_token_leaves_nothing_in_the_slot(make_loop, monkeypatch):
+    loop = make_loop(n_parallel=1)
+    loop.submit("broken", ask(stop=("never",)))
+
+    def breaks(_):
+        raise KeyError("stop")
+
+    monkeypatch.setattr(loop._writing["broken"].stops, "step", breaks)
+    ((id, error),) = loop.step()
+    assert (id, type(error)) == ("broken", EngineError)
+    assert loop.idle
+    assert loop.context.length(0) == 0
+
+
+def test_a_prompt_of_megabytes_is_refused_unread(make_loop, monkeypatch):
+    loop, n_read = make_loop(n_ctx=128), []
+    tokenize = loop.model.tokenize
+    monkeypatch.setattr(
+        loop.model, "tokenize", lambda text, **how: n_read.append(len(text)) or tokenize(text, **how)
+    )
+    with pytest.raises(ContextOverflow, match=r"at least \d+ tokens but the context holds 128"):
+        loop.submit(1, ask("What is it? " * 800_000))
+    assert sum(n_read) <= 10_000
+    assert loop.idle

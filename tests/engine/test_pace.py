@@ -2,7 +2,8 @@
 
 import pytest
 
-from engine.pace import BRIEF, CAUTION, MIN_PROMPT, Luck, Pace
+from engine.luck import LOAN, READ_LOAN, Luck
+from engine.pace import BRIEF, CAUTION, MIN_PROMPT, Pace
 
 
 def paced(*, stall: float | None = 0.25, **seconds: float) -> Pace:
@@ -71,19 +72,45 @@ def test_what_guesses_take_is_not_what_as_many_sequences_take():
     assert pace.guessing_s(8, 4) == pytest.approx(0.060), "on a line from none"
     assert pace.guessing_s(8, 0) == pace.writing_s(8)
     assert pace.writing_s(16) == pytest.approx(0.040)
-    assert pace.guessing_s(4, 4) == pace.writing_s(8), "beside four sequences none were made"
+    assert pace.guessing_s(4, 8) == pytest.approx(pace.writing_s(4) + 0.060), "the nearest that is known"
+    pace.learn(n_writing=8, n_prompt=0, seconds=0.020)
+    assert pace.guessing_s(8, 8) == pytest.approx(0.027 + 0.060), "a call is faster, what they add is not"
+
+
+def test_unlike_numbers_of_guesses_are_a_call_of_their_own_in_streams_only():
+    for in_streams, hope in ((True, 0.030 + 0.015), (False, 0.034)):
+        pace = Pace(in_streams=in_streams)
+        for count, seconds in ((1, 0.010), (4, 0.015), (8, 0.030), (12, 0.034)):
+            pace.learn(n_writing=count, n_prompt=0, seconds=seconds)
+        assert pace.guessing_s(8, 4, even=False) == pytest.approx(hope)
+        assert pace.guessing_s(8, 4) == pytest.approx(0.034)
+        pace.learn(n_writing=8, n_prompt=0, n_guesses=4, seconds=0.080, even=False)
+        assert pace.guessing_s(8, 4) == pytest.approx(0.034 if in_streams else 0.080)
+
+
+def test_a_call_is_cut_into_its_own_part_and_each_sequences():
+    pace = paced(n1=0.010, n4=0.021, n8=0.024)
+    assert pace.shares_s(8) == pytest.approx((0.008, 0.002))
+    assert pace.shares_s(1) == pytest.approx((0.010, 0.0))
+    assert paced(n1=0.020, n8=0.010).shares_s(8) == pytest.approx((0.010, 0.0)), "a noisy start"
+    assert Pace().shares_s(3) == (0.0, 0.0)
+
+
+def test_what_is_left_of_the_stall_beside_a_call():
+    assert paced(stall=0.2).rest_s(0.05) == pytest.approx(CAUTION * 0.2 - 0.05)
+    assert paced(stall=None).rest_s(5) == float("inf")
 
 
 def test_guesses_that_took_long_are_given_up_and_tried_again_later():
-    pace = paced(n8=0.030, n16=0.031)
+    pace = paced(n1=0.030, n9=0.031)
     luck = lucky(pace, "a", right=True)
-    assert luck.worthwhile({"a": 8}, 8) == {"a": 8}
-    pace.learn(n_writing=8, n_prompt=0, n_guesses=8, seconds=0.300)
+    assert luck.worthwhile({"a": 8}, 1) == {"a": 8}
+    pace.learn(n_writing=1, n_prompt=0, n_guesses=8, seconds=0.300)
     tries = 0
-    while not luck.worthwhile({"a": 8}, 8):
+    while not luck.worthwhile({"a": 8}, 1):
         tries += 1
         assert tries < 5000
-    assert tries > 50
+    assert tries > 20
 
 
 def test_times_between_known_ones_lie_on_a_line():
@@ -144,3 +171,74 @@ def test_guesses_that_take_long_to_make_are_fewer():
     luck = lucky(paced(**CHEAP), "a", right=True)
     assert luck.worthwhile({"a": 7}, 1, depth_s=0.0005)
     assert luck.worthwhile({"a": 7}, 1, depth_s=0.02) == {}
+
+
+def test_one_that_is_ahead_saves_its_part_of_a_call_and_all_together_a_whole_one():
+    pace = paced(n1=0.010, n4=0.013, n8=0.017, n16=0.025)
+    alone = lucky(pace, "a", right=True)
+    assert alone.worthwhile({"a": 4}, 4) == {}, "the others write no sooner"
+    together = lucky(pace, "a", right=True)
+    for key in "bcd":
+        for _ in range(20):
+            together.learn(key, n_guesses=4, n_right=4)
+    counts = together.worthwhile(dict.fromkeys("abcd", 4), 4, most=16)
+    assert counts == dict.fromkeys("abcd", 4)
+
+
+def test_with_more_sequences_than_a_call_may_have_guesses_none_are_made():
+    luck = lucky(paced(n1=0.010, n32=0.0101), "a", right=True)
+    keys = {"a": 8} | dict.fromkeys(range(15), 8)
+    assert luck.worthwhile(keys, 16, most=16)
+    assert luck.worthwhile(keys | {"more": 8}, 17, most=16) == {}
+
+
+def test_guesses_of_all_are_no_more_than_a_call_may_have():
+    luck = lucky(paced(n1=0.010, n32=0.0101), "a", right=True)
+    counts = luck.worthwhile(dict.fromkeys("abc", 8), 3, most=16)
+    assert 0 < sum(counts.values()) <= 16
+
+
+def test_a_debt_is_paid_off_before_guesses_cost_anything_again():
+    pace = paced(n1=0.010, n9=0.020)
+    luck = lucky(pace, "a", right=True)
+    for _ in range(3):
+        luck.made(1, n_guesses=8, ahead=[0], seconds=0.020)
+    assert luck.debt_s == pytest.approx(0.030)
+    assert luck.worthwhile({"a": 8}, 1) == {}, "however sure they are"
+    calls = 0
+    while not luck.worthwhile({"a": 8}, 1):
+        luck.without(1, 0.010)
+        calls += 1
+        assert calls < 1000
+    assert calls > 100
+    luck.made(1, n_guesses=2, ahead=[2], seconds=0.0125)
+    assert luck.debt_s < LOAN * 0.010, "what comes true pays it off"
+    for _ in range(3):
+        luck.made(1, n_guesses=8, ahead=[8], seconds=0.020)
+    assert luck.debt_s == 0
+    assert luck.affords_s(1) > READ_LOAN * 0.010
+
+
+def test_an_accident_is_not_a_debt():
+    luck = lucky(paced(n1=0.010, n9=0.020), "a", right=True)
+    luck.made(1, n_guesses=4, ahead=[4], seconds=9.0)
+    assert luck.debt_s < 0.1
+
+
+def test_now_and_then_a_call_without_guesses_says_what_those_take():
+    pace = paced(n1=0.010, n9=0.011)
+    luck = lucky(pace, "a", right=True)
+    made = []
+    for _ in range(100):
+        made.append(bool(luck.worthwhile({"a": 8}, 1)))
+        pace.learn(n_writing=1, n_prompt=0, n_guesses=8 * made[-1], seconds=0.011 if made[-1] else 0.010)
+    assert 1 <= made.count(False) <= 5
+
+
+def test_what_must_be_read_first_counts_as_time():
+    luck = lucky(paced(n1=0.010, n8=0.011), "a", right=True)
+    assert luck.worthwhile({"a": 7}, 1, before_s={"a": 0.001})
+    assert luck.worthwhile({"a": 7}, 1, before_s={"a": 0.5}) == {}
+    before = luck.affords_s(1)
+    luck.spent(0.015)
+    assert luck.affords_s(1) == pytest.approx(before - 0.015)

@@ -159,4 +159,6 @@ def test_messages_carry_the_numbers():
     assert (overflow.n_prompt_tokens, overflow.n_ctx) == (5000, 4096)
     assert "5000" in str(overflow)
     assert "4096" in str(overflow)
+    assert "at least" not in str(overflow)
+    assert "has at least 5000 tokens" in str(ContextOverflow(5000, 4096, at_least=True))
     assert QueueFull(256, retry_after_s=3.0).retry_after_s == 3.0

@@ -29,6 +29,7 @@ ERRORS = [
     EngineError("plain"),
     InvalidRequest("top_p is 7", field="top_p"),
     ContextOverflow(5000, 4096),
+    ContextOverflow(5000, 4096, at_least=True),
     QueueFull(256, retry_after_s=2.5),
     EngineRestarted("it died"),
     EngineUnavailable("closed"),

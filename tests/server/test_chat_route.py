@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from engine.request import EngineRestarted, EngineUnavailable, QueueFull
+from engine.request import ContextOverflow, EngineRestarted, EngineUnavailable, QueueFull
 from server.schema.chat import ChatChunk, ChatCompletion
 from server.settings import Assistant, Model
 
@@ -252,6 +252,14 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(house):
     assert error["code"] == "context_length_exceeded"
     assert error["n_ctx"] == 4000
     assert error["n_prompt_tokens"] > 5000
+
+
+def test_a_prompt_that_was_not_counted_to_its_end_is_refused_with_what_was_counted(house):
+    house.engine.fails = ContextOverflow(163_840, 4000, at_least=True)
+    error = house.chat("x").json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    assert "at least 163840 tokens but the context holds 4000" in error["message"]
+    assert error["n_prompt_tokens"] == 163_840
 
 
 def test_an_error_that_nobody_foresaw_tells_nothing_and_logs_no_text(house, caplog):
