@@ -20,7 +20,6 @@ from engine.request import (
     EngineError,
     EngineInfo,
     EngineRestarted,
-    EngineStats,
     EngineUnavailable,
     Event,
     GenerationRequest,
@@ -28,23 +27,11 @@ from engine.request import (
     PooledRequest,
     check_text,
 )
+from engine.stats import EngineStats
 
 RESTART_PAUSE_S = 1.0  # between two starts that failed, doubled each time
 MAX_RESTART_PAUSE_S = 30.0
 RESTART_WAIT_S = 60.0  # a request waits this long for a restart
-_COUNTERS = (
-    "requests_total",
-    "cancelled_total",
-    "failed_total",
-    "prompt_tokens_total",
-    "cached_tokens_total",
-    "completion_tokens_total",
-    "decode_steps_total",
-    "busy_s",
-    "preempted_total",
-    "guessed_tokens_total",
-    "right_guesses_total",
-)
 
 
 @dataclass(eq=False, slots=True)
@@ -68,7 +55,7 @@ class Engine:
         self._streams: dict[int, _Stream] = {}
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._restarts = 0
-        self._past: dict[str, float] = dict.fromkeys(_COUNTERS, 0)  # of processes that died
+        self._past: EngineStats | None = None  # of processes that died
         self._latest: EngineStats | None = None  # of this process
         self._closed = False
         self._alive = True
@@ -155,8 +142,7 @@ class Engine:
         """A snapshot; its counters run on over restarts."""
         stats: EngineStats = await self._ask(wire.AskStats)
         self._latest = stats
-        totals: dict[str, Any] = {name: getattr(stats, name) + self._past[name] for name in _COUNTERS}
-        return replace(stats, **totals, restarts_total=self._restarts)
+        return replace(stats.after(self._past), restarts_total=self._restarts)
 
     async def close(self) -> None:
         """End the process; requests that still run get EngineUnavailable."""
@@ -195,9 +181,7 @@ class Engine:
         """Count what the dead process did; fail what it had begun, and what may have killed it twice."""
         self._restarts += 1
         if self._latest is not None:
-            for name in _COUNTERS:
-                self._past[name] += getattr(self._latest, name)
-            self._latest = None
+            self._past, self._latest = self._latest.after(self._past), None
         error = EngineRestarted(
             f"the engine stopped while this request ran, send it again: {self._process.obituary()}"
         )

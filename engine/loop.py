@@ -20,7 +20,6 @@ from engine.pace import GUESSES_A_SEQUENCE, Luck, Pace
 from engine.request import (
     ContextOverflow,
     EngineError,
-    EngineStats,
     Event,
     GenerationRequest,
     InvalidRequest,
@@ -30,6 +29,7 @@ from engine.sampling import Sampler
 from engine.scheduler import Scheduler
 from engine.sequence import Action, Begin, Chunk, Plan, Sequence
 from engine.states import States
+from engine.stats import EngineStats
 from engine.text import StopStrings
 from engine.turns import Limits
 from engine.writing import Progress, Writing
@@ -152,7 +152,10 @@ class Loop:
 
     def stats(self) -> EngineStats:
         """A snapshot; counters since this loop was made."""
-        return self.figures.snapshot(self.scheduler, self.context, self.luck)
+        now = time.perf_counter()
+        began = ((id, writing.admitted_s) for id, writing in self._writing.items())
+        ages_s = {id: now - admitted_s for id, admitted_s in began if admitted_s}
+        return self.figures.snapshot(self.scheduler, self.context, self.luck, ages_s)
 
     def close(self) -> None:
         """Free the samplers of requests that are still there; prefixes go to disk within its budget."""
@@ -243,6 +246,8 @@ class Loop:
         n_guesses = sum(chunk.n_draft for chunk in plan.chunks)
         n_prompt = sum(len(chunk.tokens) for chunk in plan.chunks) - n_writing - n_guesses
         self.pace.learn(n_writing=n_writing, n_prompt=n_prompt, seconds=seconds, n_guesses=n_guesses)
+        if not n_prompt:
+            self.figures.guessing = n_guesses > 0
 
     def _decode(self, chunks: list[Chunk]) -> list[Output]:
         batch = self.context.batch
@@ -324,10 +329,8 @@ class Loop:
 
     def _end(self, writing: Writing, *, forget: bool = False) -> None:
         """Free a request's slot and samplers; the slot keeps its computed tokens for later prefixes."""
-        sequence, counters = writing.sequence, self.figures.counters
-        counters.prompt_tokens_total += len(sequence.prompt)
-        counters.cached_tokens_total += sequence.n_cached or 0
-        counters.completion_tokens_total += sequence.n_written
+        sequence = writing.sequence
+        self.figures.counters.ended(sequence)
         del self._writing[sequence.id]
         self.luck.forget(sequence)
         self._act(self.scheduler.release(sequence, forget=forget))

@@ -16,11 +16,11 @@ from engine.request import (
     Done,
     EngineConfig,
     EngineInfo,
-    EngineStats,
     InputTooLong,
     Pooled,
     TokenLogprob,
 )
+from engine.stats import EngineStats
 from models.footprint import Footprint
 from server.app import create_app
 from server.auth import Hosts, Keys, accept
