@@ -101,9 +101,9 @@ class Service:
 
     async def engines(self) -> list[Told]:
         """What is known of every engine; all that run are asked at once."""
-        standings = self.roster.standings().values()
-        found = await asyncio.gather(*(self.snapshots.of(standing.engine) for standing in standings))
-        pairs = zip(standings, found, strict=True)
+        engines = [standing.engine for standing in self.roster.standings().values()]
+        found = await asyncio.gather(*map(self.snapshots.of, engines))
+        pairs = zip(self.roster.standings().values(), found, strict=True)  # as they are by now
         return [Told(standing, tuple(self.roster.names(standing)), each) for standing, each in pairs]
 
     async def exposition(self) -> bytes:
