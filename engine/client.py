@@ -24,7 +24,6 @@ from engine.request import (
     EngineError,
     EngineInfo,
     EngineRestarted,
-    EngineStats,
     EngineUnavailable,
     Event,
     GenerationRequest,
@@ -32,25 +31,13 @@ from engine.request import (
     PooledRequest,
     check_text,
 )
+from engine.stats import EngineStats
 
 RESTART_PAUSE_S = 1.0  # between two starts that failed, doubled each time
 MAX_RESTART_PAUSE_S = 30.0
 RESTART_WAIT_S = 60.0  # requests wait so long while it cannot be started
 TRIAL_S = 10.0  # a suspect is alone for so long at most, until its first token
 MAX_DEATHS = 2  # of processes that were busy with a request; then it fails
-_COUNTERS = (
-    "requests_total",
-    "cancelled_total",
-    "failed_total",
-    "prompt_tokens_total",
-    "cached_tokens_total",
-    "completion_tokens_total",
-    "decode_steps_total",
-    "busy_s",
-    "preempted_total",
-    "guessed_tokens_total",
-    "right_guesses_total",
-)
 
 
 @dataclass(eq=False, slots=True)
@@ -90,7 +77,7 @@ class Engine:
         self._streams: dict[int, _Stream] = {}
         self._questions: dict[int, _Question] = {}
         self._restarts = 0
-        self._past: dict[str, float] = dict.fromkeys(_COUNTERS, 0)  # of processes that died
+        self._past: EngineStats | None = None  # of processes that died
         self._latest: EngineStats | None = None  # of this process
         self._closed = False
         self._alive = True
@@ -174,8 +161,7 @@ class Engine:
         """A snapshot; its counters run on over restarts."""
         stats: EngineStats = await self._ask(wire.AskStats)
         self._latest = stats
-        totals: dict[str, Any] = {name: getattr(stats, name) + self._past[name] for name in _COUNTERS}
-        return replace(stats, **totals, restarts_total=self._restarts)
+        return replace(stats.after(self._past), restarts_total=self._restarts)
 
     async def close(self) -> None:
         """End the process; requests that still run get EngineUnavailable."""
@@ -229,9 +215,7 @@ class Engine:
         """Count what the dead process did; fail what was begun, and what was there when two died."""
         self._restarts += 1
         if self._latest is not None:
-            for name in _COUNTERS:
-                self._past[name] += getattr(self._latest, name)
-            self._latest = None
+            self._past, self._latest = self._latest.after(self._past), None
         suspects, obituary = self._process.busy_with, self._process.obituary()
         again = EngineRestarted(f"the engine stopped while this request ran, send it again: {obituary}")
         twice = EngineRestarted(f"the engine stopped twice while it computed this request: {obituary}")

@@ -6,6 +6,7 @@ schedules, samples or knows requests. Tokens are plain ints, positions count fro
 
 import ctypes
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -38,6 +39,7 @@ _CONTROL = 8  # LLAMA_TOKEN_ATTR_CONTROL
 _SPACE_SPLITTERS = frozenset({"bloom", "gpt3-finnish", "poro-chat", "viking", "whitespace"})
 _ERROR_LEVELS = (3, 4)  # GGML_LOG_LEVEL_WARN, GGML_LOG_LEVEL_ERROR
 _LOG_LINES_KEPT = 40
+_FLASH_ATTENTION = re.compile(rb"(?i)flash[_ ]att.*\b(enabled|disabled)\b")
 
 
 class DecodeFailed(EngineError):
@@ -54,6 +56,7 @@ class _Log:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.flash_attention: bool | None = None  # as a context was made last
         self._lock = threading.Lock()
         self._callback = native.llama_log_callback(self._take)
         self._started = False
@@ -68,6 +71,8 @@ class _Log:
                 self._started = True
 
     def _take(self, level: int, text: bytes, _data: object) -> None:
+        if said := _FLASH_ATTENTION.search(text):  # there is no call that tells it
+            self.flash_attention = said[1] == b"enabled"
         if level in _ERROR_LEVELS and text.strip(b".\n "):
             self.lines.append(text.decode("utf-8", "replace").strip())
             del self.lines[:-_LOG_LINES_KEPT]
@@ -355,6 +360,7 @@ class Context(Handle):
         self.n_ctx: int = native.llama_n_ctx(pointer)  # cells in all
         self.n_ctx_seq: int = native.llama_n_ctx_seq(pointer)  # cells that one sequence can use
         self.unified = unified
+        self.flash_attention = _log.flash_attention  # None: llama.cpp did not say
         self.n_threads: int = native.llama_n_threads(pointer)
         self._has_kernels = without_kernels() is None
         self._views: dict[int, np.ndarray] = {}  # of logits, by address
@@ -387,6 +393,7 @@ class Context(Handle):
         `pooling` is how calls after `pool(True)` make one result of each sequence. Raises ModelLoadFailed.
         """
         _log.lines.clear()
+        _log.flash_attention = None
         parameters = native.llama_context_default_params()
         parameters.n_ctx = n_ctx
         parameters.n_batch = parameters.n_ubatch = n_batch

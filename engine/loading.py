@@ -18,7 +18,7 @@ from engine.loop import Loop
 from engine.memory import uses_mmap
 from engine.pace import Pace
 from engine.pooled import PooledLoop
-from engine.request import EMBEDDING_POOLINGS, EngineConfig, EngineInfo, ModelLoadFailed
+from engine.request import EMBEDDING_POOLINGS, EngineConfig, EngineInfo, Guesses, ModelLoadFailed
 from engine.states import States
 
 GUESSES_A_CALL = 16  # logits that a call may have for guesses of all, beside one a sequence
@@ -193,4 +193,23 @@ def describe(config: EngineConfig, model: Model, context: Context) -> EngineInfo
         gpu=offload_device(config),
         n_threads=context.n_threads,
         slow_attention=slow_attention(config),
+        unified=context.unified,
+        shares_prefixes=config.kind == "text" and context.can_share_prefixes,
+        guesses=guesses(config, context),
+        flash_attention=context.flash_attention,
+        kernels=own_kernels(config),
     )
+
+
+def guesses(config: EngineConfig, context: Context) -> Guesses:
+    """Where guesses of the next tokens come from, when they pay; cells of wrong ones must be cut off."""
+    if config.kind != "text" or config.speculation == "off" or not context.can_share_prefixes:
+        return "off"
+    return "lookup" if config.draft_model is None else "lookup and draft model"
+
+
+def own_kernels(config: EngineConfig) -> tuple[str, ...]:
+    """What kernels of our own compute on the CPU: weights of the types that they know, attention."""
+    if offload_device(config) is not None or without_kernels() is not None:
+        return ()
+    return ("weights",) if slow_attention(config) else ("attention", "weights")

@@ -26,7 +26,6 @@ from engine.pace import Pace
 from engine.request import (
     ContextOverflow,
     EngineError,
-    EngineStats,
     Event,
     GenerationRequest,
     InvalidRequest,
@@ -36,6 +35,7 @@ from engine.sampling import Sampler
 from engine.scheduler import Scheduler
 from engine.sequence import Action, Begin, Chunk, Plan, Sequence
 from engine.states import States
+from engine.stats import EngineStats
 from engine.text import StopStrings
 from engine.turns import Limits
 from engine.writing import Progress, Writing
@@ -158,7 +158,10 @@ class Loop:
 
     def stats(self) -> EngineStats:
         """A snapshot; counters since this loop was made."""
-        return self.figures.snapshot(self.scheduler, self.context, self.guessing)
+        now = time.perf_counter()
+        began = ((id, writing.admitted_s) for id, writing in self._writing.items())
+        ages_s = {id: now - admitted_s for id, admitted_s in began if admitted_s}
+        return self.figures.snapshot(self.scheduler, self.context, self.guessing, ages_s)
 
     def rest(self) -> bool:
         """Write to disk one thing that a crash would lose, while nobody asks; whether there may be more."""
@@ -239,6 +242,7 @@ class Loop:
         n_prompt = sum(len(chunk.tokens) for chunk in plan.chunks) - n_writing - n_guesses
         even = len({chunk.n_draft for chunk in plan.chunks}) == 1
         if not n_prompt:
+            self.figures.guessing = n_guesses > 0
             self.guessing.called(n_writing, n_guesses=n_guesses, seconds=seconds)
         self.pace.learn(
             n_writing=n_writing, n_prompt=n_prompt, seconds=seconds, n_guesses=n_guesses, even=even
@@ -326,10 +330,8 @@ class Loop:
 
     def _end(self, writing: Writing, *, forget: bool = False) -> None:
         """Free a request's slot and samplers; the slot keeps its computed tokens for later prefixes."""
-        sequence, counters = writing.sequence, self.figures.counters
-        counters.prompt_tokens_total += len(sequence.prompt)
-        counters.cached_tokens_total += sequence.n_cached or 0
-        counters.completion_tokens_total += sequence.n_written
+        sequence = writing.sequence
+        self.figures.counters.ended(sequence)
         del self._writing[sequence.id]
         self.guessing.forget(sequence)
         self._act(self.scheduler.release(sequence, forget=forget))

@@ -22,7 +22,6 @@ from engine.request import (
     EMBEDDING_POOLINGS,
     EngineConfig,
     EngineError,
-    EngineStats,
     InputTooLong,
     InvalidRequest,
     Kind,
@@ -32,6 +31,7 @@ from engine.request import (
     Pooling,
     QueueFull,
 )
+from engine.stats import EngineStats
 
 Output = tuple[Hashable, Pooled | EngineError]
 
@@ -142,15 +142,17 @@ class PooledLoop:
 
     def stats(self) -> EngineStats:
         """A snapshot; counters since this loop was made."""
+        n_cells = self.context.n_ctx if self.context.memory else 0
         begun = sum(job.n_taken > 0 for job in self._jobs.values())
         counted = {item.name: getattr(self.counters, item.name) for item in fields(Counters)}
         return EngineStats(
             running=begun,
             waiting=len(self._jobs) - begun,
             n_slots=self.n_parallel,
-            kv_cells_total=self.context.n_ctx if self.context.memory else 0,
+            kv_cells_total=n_cells,
             kv_cells_used=0,  # between two calls none is
             kv_cells_cached=0,
+            kv_cells_free=n_cells,
             **counted,
         )
 

@@ -23,6 +23,7 @@ MAX_POOLED_INPUTS = 2048
 FinishReason = Literal["stop", "length", "cancelled"]
 KVType = Literal["f16", "bf16", "f32", "q8_0", "q4_0"]
 Kind = Literal["text", "embedding", "rerank"]
+Guesses = Literal["off", "lookup", "lookup and draft model"]  # of the next tokens, where they pay
 Pooling = Literal["mean", "cls", "last", "rank"]  # how a sequence's tokens become one result
 EMBEDDING_POOLINGS: tuple[Pooling, ...] = ("mean", "cls", "last")
 
@@ -411,37 +412,11 @@ class EngineInfo:
     n_threads: int
     slow_attention: str | None = None  # why llama.cpp's own kernel runs on the CPU; None: ours does
     pooling: Pooling | None = None  # of a model that does not write text
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """A snapshot. Counters run since the engine handle was started, restarts included."""
-
-    running: int
-    waiting: int
-    n_slots: int
-    kv_cells_total: int
-    kv_cells_used: int  # held by running sequences
-    kv_cells_cached: int  # held by idle slots for their prefix; given up when needed
-    requests_total: int = 0
-    cancelled_total: int = 0
-    failed_total: int = 0
-    prompt_tokens_total: int = 0
-    cached_tokens_total: int = 0  # of prompt_tokens_total
-    completion_tokens_total: int = 0
-    decode_steps_total: int = 0  # llama_decode calls
-    busy_s: float = 0.0  # time spent in steps
-    kv_cells_shared: int = 0  # held by more than one sequence (unified memory)
-    cache_ram_bytes: int = 0  # of states saved outside of the KV memory
-    cache_disk_bytes: int = 0
-    cache_states: int = 0
-    preempted_total: int = 0  # times that a sequence made way for another
-    guessed_tokens_total: int = 0
-    right_guesses_total: int = 0
-    stall_p50_ms: float = 0.0  # between two tokens of a stream, of the latest 2,048
-    stall_p99_ms: float = 0.0
-    stall_max_ms: float = 0.0
-    restarts_total: int = 0
+    unified: bool = False  # one KV memory that all sequences share; else each has a stream of its own
+    shares_prefixes: bool = False  # whether a request can begin with what another one computed
+    guesses: Guesses = "off"
+    flash_attention: bool | None = None  # None: llama.cpp did not say
+    kernels: tuple[str, ...] = ()  # of our own that the CPU computes with: "attention", "weights"
 
 
 def _is_number(value: Any) -> bool:

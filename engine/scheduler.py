@@ -298,7 +298,7 @@ class Scheduler:
             if fits := self._has_room(sequence, source, length, actions):
                 self.queue.started(sequence)
                 self.held.take(sequence, source, length, actions)
-                self._began(sequence, length)
+                self._began(sequence, length, source)
                 self._follow(sequence, length)
         if fits and sequence.state is not None:
             state, sequence.state = sequence.state, None
@@ -357,10 +357,11 @@ class Scheduler:
         # A state comes whole before it is cut.
         return max(needed, source.length) if isinstance(source, State) else needed
 
-    def _began(self, sequence: Sequence, length: int) -> None:
+    def _began(self, sequence: Sequence, length: int, source: Source) -> None:
         sequence.n_computed = length
         if sequence.n_cached is None or (sequence.state is None and not sequence.n_written):
             sequence.n_cached = min(length, len(sequence.prompt))
+            sequence.cached_tier = source.tier if isinstance(source, State) else "slot"
 
     def _follow(self, sequence: Sequence, length: int) -> None:
         """Find an older prompt, still being computed, that will hold more of this one than `length`."""
@@ -387,7 +388,8 @@ class Scheduler:
             ):
                 source, length = sequence.slot, sequence.n_computed
         self.held.begin(sequence, source, length, actions)
-        self._began(sequence, length)
+        if source != sequence.slot:
+            self._began(sequence, length, source)
         self._follow(sequence, length)
 
     # The next call

@@ -5,10 +5,13 @@ Plain records; the decisions are scheduler.py's, the native calls loop.py's.
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from engine.fairness import Charged
 from engine.request import Tenant
-from engine.stash import Copy, Demote, Discard, State
+from engine.stash import Copy, Demote, Discard, State, Tier
+
+CachedTier = Literal["slot"] | Tier
 
 
 @dataclass(eq=False, slots=True)
@@ -24,6 +27,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)  # prompt and what was written
     n_computed: int = 0  # tokens that have cells
     n_cached: int | None = None  # of the prompt, found in the cache at the first admission
+    cached_tier: CachedTier = "slot"  # where those were
     age: int = 0  # when it was admitted last; the youngest makes way first
     slot: int | None = None
     state: State | None = None  # what was saved when it had to make way

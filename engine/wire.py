@@ -18,12 +18,12 @@ from engine.request import (
     EngineConfig,
     EngineError,
     EngineInfo,
-    EngineStats,
     Event,
     GenerationRequest,
     Pooled,
     PooledRequest,
 )
+from engine.stats import EngineStats
 
 HEADER = struct.Struct("<I?")  # bytes that follow; whether they are a pickle
 PROTOCOL = pickle.HIGHEST_PROTOCOL

@@ -23,13 +23,13 @@ from engine.pooled import PooledLoop
 from engine.request import (
     Delta,
     EngineError,
-    EngineStats,
     Event,
     GenerationRequest,
     InvalidRequest,
     Pooled,
     PooledRequest,
 )
+from engine.stats import EngineStats
 
 MAX_MESSAGES = 1000  # read between two steps; what comes after waits for the next one
 RECEIVE_BYTES = 1 << 16  # read at a time

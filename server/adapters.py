@@ -33,7 +33,7 @@ def chosen(target: Target, body: GenerationFields) -> tuple[tuple[str, float], .
         if body.adapter_scale is not None:
             raise BadRequest("adapter_scale needs an `adapter`", param="adapter_scale")
         return ()
-    scales = target.plan.adapter_scales
+    scales = target.adapter_scales
     if name not in scales:
         known = ", ".join(scales) or "none; [models.NAME] adapters in lq.toml loads some"
         raise BadRequest(f"adapter: {name[:100]!r} is not loaded; there are: {known}", param="adapter")

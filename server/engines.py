@@ -16,12 +16,12 @@ import msgspec
 from engine.request import (
     EngineConfig,
     EngineInfo,
-    EngineStats,
     Event,
     GenerationRequest,
     Kind,
     Pooled,
 )
+from engine.stats import EngineStats
 from models.footprint import Footprint, footprint, pieces_of
 from models.gguf import Header, read_header
 from models.lora_gguf import convert_adapter

@@ -1,11 +1,13 @@
 """Prometheus figures of the server; each application has a registry of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from engine.request import Done, EngineStats
+from engine.request import Done
+from server.engine_metrics import EngineFigures
 from server.limits import Usage
+from server.snapshots import Told
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -35,10 +37,8 @@ class Metrics:
             "lq_embedding_jobs", "Embedding jobs, waiting ones too.", registry=registry
         )
         self.keys = KeyFigures(registry)
-        self._engine = {
-            name: Gauge(f"lq_engine_{name}", text, ["model"], registry=registry)
-            for name, text in ENGINE_FIGURES.items()
-        }
+        self._engines = EngineFigures()
+        registry.register(self._engines)
 
     def count(self, model: str, done: Done) -> None:
         """Add one finished sequence."""
@@ -50,13 +50,10 @@ class Metrics:
         """Add what an embedding or reranking model has read for one request."""
         self.tokens.labels(model, "prompt").inc(n_tokens)
 
-    def text(self, engines: Mapping[str, EngineStats | None]) -> bytes:
-        """The exposition format; an engine that does not answer counts as not up."""
-        for model, stats in engines.items():
-            for name, gauge in self._engine.items():
-                value = float(stats is not None) if name == "up" else getattr(stats, name, None)
-                if value is not None:
-                    gauge.labels(model).set(value)
+    def text(self, engines: Sequence[Told], *, budget_bytes: int, held_bytes: int) -> bytes:
+        """The exposition format."""
+        figures = self._engines
+        figures.told, figures.budget_bytes, figures.held_bytes = engines, budget_bytes, held_bytes
         return generate_latest(self.registry)
 
 
@@ -102,33 +99,3 @@ class KeyFigures:
         self._open.labels(name).dec()
         for kind in ("prompt", "cached", "completion"):
             self._tokens.labels(name, kind).inc(getattr(usage, kind))
-
-
-ENGINE_FIGURES = {
-    "up": "1 when the engine's process answers.",
-    "running": "Sequences being decoded.",
-    "waiting": "Requests in the queue.",
-    "n_slots": "Sequences that can be decoded together.",
-    "kv_cells_total": "Cells of the KV cache.",
-    "kv_cells_used": "Cells held by running sequences.",
-    "kv_cells_cached": "Cells held for their prefix.",
-    "kv_cells_shared": "Cells held by more than one sequence (unified memory).",
-    "cache_states": "Prefixes kept outside of the KV cache.",
-    "cache_ram_bytes": "Host memory that they take.",
-    "cache_disk_bytes": "Disk that they take.",
-    "stall_p50_ms": "Milliseconds between two tokens of a stream, median of the latest 2,048.",
-    "stall_p99_ms": "99 % of them are shorter.",
-    "stall_max_ms": "The longest of them.",
-    "preempted_total": "Times that a sequence made way for another.",
-    "guessed_tokens_total": "Tokens guessed ahead.",
-    "right_guesses_total": "Guesses that were right.",
-    "requests_total": "Requests taken.",
-    "cancelled_total": "Requests cancelled, by a client that left above all.",
-    "failed_total": "Requests failed.",
-    "prompt_tokens_total": "Prompt tokens.",
-    "cached_tokens_total": "Prompt tokens that were in the cache.",
-    "completion_tokens_total": "Tokens written.",
-    "decode_steps_total": "Calls of llama_decode.",
-    "busy_s": "Seconds spent in steps.",
-    "restarts_total": "Times that the process was started again.",
-}

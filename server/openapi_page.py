@@ -94,13 +94,16 @@ def _operation(path: str, method: str, operation: dict[str, Any], types: dict[st
     if body:
         schema = types[_name(body["content"]["application/json"]["schema"])]
         html += f"<p>{_prose(schema.get('description'))}</p>{_fields(schema)}"
+    elif path in WIRE:
+        schema = types[WIRE[path][2].__name__]
+        html += f"<p>The answer: {_prose(schema.get('description'))}</p>{_fields(schema)}"
     return html
 
 
 def _inner_types(types: dict[str, Any]) -> list[str]:
-    """The types that requests are made of, in the order in which they are met."""
+    """The types that requests are made of, or answers where nothing is sent, as they are met."""
     found: dict[str, None] = {}
-    queue: list[Any] = [types[request.__name__] for _, request, _ in WIRE.values() if request is not None]
+    queue: list[Any] = [types[(request or answer).__name__] for _, request, answer in WIRE.values()]
     while queue:
         each = queue.pop(0)
         if isinstance(each, list):

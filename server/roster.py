@@ -18,7 +18,7 @@ from server.engines import Engine, Plan
 from server.errors import DOES, ModelNotLoaded, UnknownModel, WrongKind
 from server.fleet import Fleet, Standing
 from server.grounding import Retriever
-from server.schema.model import Model
+from server.schema.model import Adapter, Model
 from server.settings import Assistant, Settings, SettingsError
 
 
@@ -40,6 +40,15 @@ class Target:
     @property
     def max_tokens(self) -> int | None:
         return self.assistant.max_tokens if self.assistant else None
+
+    @property
+    def adapter_scales(self) -> dict[str, float]:
+        """The adapters that a request may name, and how strongly each counts if the request does not say."""
+        scales = dict(self.plan.adapter_scales)
+        own = self.assistant
+        if own is not None and own.adapter is not None and own.adapter_scale is not None:
+            scales[own.adapter] = own.adapter_scale
+        return scales
 
     async def chat_prompt(self, messages: Sequence[Message]) -> chat_prompt.Part | tuple[int, ...]:
         """The chat prompt of the messages, as the engine takes it."""
@@ -117,6 +126,10 @@ class Roster:
         """The models and assistants that an engine answers for."""
         return [name for name, plan in self.plans.items() if plan.config == standing.member.config]
 
+    def adapter_scales(self, name: str) -> dict[str, float]:
+        """Those of a model or assistant; see Target."""
+        return self._targets[name].adapter_scales
+
     def embedder(self, name: str) -> str:
         """The embedder that a name means, as the settings call it."""
         long, short = self._embedder_names()
@@ -182,8 +195,13 @@ class Roster:
             architecture=facts.architecture,
             description=facts.description,
         )
+        scales = target.adapter_scales
+        if scales:
+            model.adapters = [Adapter(name=name, scale=scale) for name, scale in scales.items()]
         if target.assistant is not None:
             model.kind = "assistant"
+            if (adapter := target.assistant.adapter) is not None:
+                model.adapter = Adapter(name=adapter, scale=scales[adapter])
             model.base = target.assistant.model
             if target.prompt:
                 model.prompt = target.prompt.name

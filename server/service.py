@@ -11,14 +11,14 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from engine.request import ContextOverflow, Delta, Done, EngineError, EngineStats, Event
+from engine.request import ContextOverflow, Delta, Done, Event
 from models.errors import ModelsError
 from models.store import Store, UnknownModel
 from rag.errors import RagError
 from server import generate
 from server.auth import Hosts, Keys, read_keys
 from server.embedding import Embedder, EmbedderThread
-from server.engines import Engine, Start, plan
+from server.engines import Start, plan
 from server.errors import ClientGone, Failure, PromptTooLong, ServerError, logged
 from server.fleet import Fleet, members
 from server.grounding import Retriever
@@ -29,11 +29,10 @@ from server.metrics import Metrics
 from server.prefix_folders import Claims
 from server.roster import Roster
 from server.settings import DEFAULT_EMBEDDER, Settings, SettingsError
+from server.snapshots import Snapshots, Told
 from server.ticket import Accounts, Ticket
 from server.work import Work
 
-#: An engine that has not told its figures by then is reported as down.
-STATS_S = 2.0
 #: Failures that are the state of the server or the key, not of the request.
 REFUSALS = {401, 429, 503, 504}
 
@@ -48,6 +47,7 @@ class Service:
     keys: Keys
     hosts: Hosts
     metrics: Metrics = field(default_factory=Metrics)
+    snapshots: Snapshots = field(default_factory=Snapshots)
     clock: Callable[[], float] = time.monotonic  # of the tokens a minute
     accounts: Accounts = field(init=False)
 
@@ -100,12 +100,18 @@ class Service:
             except ContextOverflow as error:
                 raise PromptTooLong(error, work.prompt_field) from None
 
-    async def stats(self) -> dict[str, EngineStats | None]:
-        """Figures of every model's engine, asked at once; None for one that does not answer in time."""
-        standings = self.roster.standings().values()
-        found = await asyncio.gather(*(figures(standing.engine) for standing in standings))
-        pairs = zip(standings, found, strict=True)
-        return {name: each for standing, each in pairs for name in self.roster.names(standing)}
+    async def engines(self) -> list[Told]:
+        """What is known of every engine; all that run are asked at once."""
+        engines = [standing.engine for standing in self.roster.standings().values()]
+        found = await asyncio.gather(*map(self.snapshots.of, engines))
+        pairs = zip(self.roster.standings().values(), found, strict=True)  # as they are by now
+        return [Told(standing, tuple(self.roster.names(standing)), each) for standing, each in pairs]
+
+    async def exposition(self) -> bytes:
+        """All figures as Prometheus reads them."""
+        self.metrics.embedding_jobs.set(self.embedders.waiting)
+        engines, fleet = await self.engines(), self.roster.fleet
+        return self.metrics.text(engines, budget_bytes=fleet.budget_bytes, held_bytes=fleet.held_bytes)
 
 
 async def _next(events: AsyncIterator[tuple[int, Event]]) -> tuple[int, Event] | None:
@@ -113,16 +119,6 @@ async def _next(events: AsyncIterator[tuple[int, Event]]) -> tuple[int, Event] |
     try:
         return await anext(events)
     except StopAsyncIteration:
-        return None
-
-
-async def figures(engine: Engine | None) -> EngineStats | None:
-    """What an engine says of itself; None when there is none, it is down or does not answer in time."""
-    if engine is None or not engine.alive:  # it would answer after its restart
-        return None
-    try:
-        return await asyncio.wait_for(engine.stats(), STATS_S)
-    except (EngineError, TimeoutError):
         return None
 
 

@@ -50,6 +50,7 @@ class Assistant(SamplingFields, frozen=True, forbid_unknown_fields=True, kw_only
     model: str
     lora: tuple[str | Adapter, ...] = ()
     adapter: str | None = None  # one of the model's `adapters`
+    adapter_scale: Annotated[float, Meta(ge=-100, le=100)] | None = None  # None: the model's for that adapter
     prompt: str | None = None
     prompt_variables: dict[str, str] = msgspec.field(default_factory=dict)
     collection: str | None = None
@@ -109,6 +110,8 @@ def complete(settings: Settings, where: str) -> Settings:
         if name in models:
             raise SettingsError(f"{where}: {name!r} is a model and an assistant; rename one")
         models.setdefault(assistant.model, Model())
+        if assistant.adapter_scale is not None and assistant.adapter is None:
+            raise SettingsError(f"{where}: assistants.{name}: `adapter_scale` needs an `adapter`")
         there = models[assistant.model].adapters
         if assistant.adapter is not None and assistant.adapter not in there:
             known = ", ".join(there) or "none"

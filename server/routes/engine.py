@@ -1,6 +1,6 @@
 """GET /v1/engine."""
 
-import asyncio
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,39 +8,46 @@ from typing import Any
 from litestar import Request, get
 from litestar.response.base import ASGIResponse
 
-from engine.request import EngineConfig, EngineStats
-from server.engines import Plan
-from server.fleet import Standing
+from engine.request import EngineConfig, EngineInfo
+from engine.stats import EngineStats, SlotStats
+from server.roster import Roster
 from server.routes.completing import json_response
-from server.schema.engine import EngineList, EngineState, Memory
-from server.service import Service, figures
+from server.schema.engine import (
+    EngineList,
+    EngineState,
+    Features,
+    HitRates,
+    LoadedAdapter,
+    Memory,
+    Slot,
+)
+from server.service import Service
+from server.snapshots import Told
 
 
 @get("/v1/engine", tags=["server"])
 async def engines(request: Request) -> ASGIResponse:
     """Every engine: what it was given of the machine, whether it is loaded, what it does now."""
     service: Service = request.app.state.service
-    roster = service.roster
-    standings = roster.standings()
-    stats = await asyncio.gather(*(figures(each.engine) for each in standings.values()))
-    states = [
-        describe(roster.plans[name], standing, roster.names(standing), each)
-        for (name, standing), each in zip(standings.items(), stats, strict=True)
-    ]
-    fleet = roster.fleet
+    fleet = service.roster.fleet
     listed = EngineList(
-        data=states, memory_budget_bytes=fleet.budget_bytes, memory_held_bytes=fleet.held_bytes
+        data=[describe(each, service.roster) for each in await service.engines()],
+        memory_budget_bytes=fleet.budget_bytes,
+        memory_held_bytes=fleet.held_bytes,
     )
     return json_response(listed)
 
 
-def describe(plan: Plan, standing: Standing, names: list[str], stats: EngineStats | None) -> EngineState:
-    """One engine; `stats` as they are, whatever fields they have."""
+def describe(told: Told, roster: Roster) -> EngineState:
+    """One engine."""
+    standing = told.standing
+    plan = roster.plans[standing.member.name]
     config, memory = plan.config, plan.footprint
+    stats = told.snapshot.stats if told.snapshot else None
     info = standing.engine.info if standing.engine else None
     return EngineState(
         id=plan.name,
-        models=names,
+        models=list(told.names),
         state=standing.state,
         problem=_without_folder(standing.problem, config),
         n_ctx=config.n_ctx,
@@ -63,8 +70,74 @@ def describe(plan: Plan, standing: Standing, names: list[str], stats: EngineStat
         keep_alive_s=standing.member.keep_alive_s,
         preload=standing.member.preload,
         config=_named(asdict(config)),
-        stats=None if stats is None else asdict(stats),
+        features=features(info, stats) if info else None,
+        adapters=adapters(told, roster, stats),
+        stats_age_s=told.snapshot.age_s if told.snapshot else None,
+        slots=[slot(each) for each in stats.slots] if stats else None,
+        queue={str(priority): n for priority, n in stats.waiting_by_priority} if stats else None,
+        hit_rates=hit_rates(stats) if stats else None,
+        stats=figures(stats) if stats else None,
     )
+
+
+def features(info: EngineInfo, stats: EngineStats | None) -> Features:
+    """What an engine can do, and what it does now."""
+    return Features(
+        unified=info.unified,
+        prefix_sharing=info.shares_prefixes,
+        guesses=info.guesses,
+        guessing=stats.guessing if stats else None,
+        acceptance=_share(stats.right_guesses_total, stats.guessed_tokens_total) if stats else None,
+        flash_attention=info.flash_attention,
+        kernels=list(info.kernels),
+        gpu=info.gpu,
+    )
+
+
+def adapters(told: Told, roster: Roster, stats: EngineStats | None) -> list[LoadedAdapter]:
+    """Those beside the model, and how many requests run with each."""
+    running = Counter(name for each in (stats.slots if stats else ()) for name, _ in each.adapters)
+    scales = {name: roster.adapter_scales(name) for name in told.names}
+    return [
+        LoadedAdapter(
+            name=adapter,
+            default_scales={name: of[adapter] for name, of in scales.items() if adapter in of},
+            running=running[adapter] if stats else None,
+        )
+        for adapter, _ in told.standing.member.config.adapters
+    ]
+
+
+def slot(stats: SlotStats) -> Slot:
+    """One slot as it is told."""
+    return Slot(
+        state=stats.state,
+        n_tokens=stats.n_tokens,
+        n_cached_tokens=stats.n_cached_tokens,
+        adapters=dict(stats.adapters),
+        age_s=stats.age_s,
+    )
+
+
+def hit_rates(stats: EngineStats) -> HitRates:
+    """How much of what was asked was in the cache, and where."""
+    n_tokens = stats.prompt_tokens_total
+    return HitRates(
+        all=_share(stats.cached_tokens_total, n_tokens),
+        slot=_share(stats.cached_slot_tokens_total, n_tokens),
+        ram=_share(stats.cached_ram_tokens_total, n_tokens),
+        disk=_share(stats.cached_disk_tokens_total, n_tokens),
+    )
+
+
+def figures(stats: EngineStats) -> dict[str, Any]:
+    """All that is a number, but for the histogram of stalls, which is Prometheus'."""
+    apart = {"slots", "waiting_by_priority", "guessing", "stall_counts"}
+    return {name: value for name, value in asdict(stats).items() if name not in apart}
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
 
 
 def _named(value: Any) -> Any:

@@ -26,6 +26,6 @@ async def health(request: Request) -> ASGIResponse:
 async def metrics(request: Request) -> ASGIResponse:
     """Requests, tokens, times and the engines' own figures."""
     service: Service = request.app.state.service
-    service.metrics.embedding_jobs.set(service.embedders.waiting)
-    body = service.metrics.text(await service.stats())
-    return ASGIResponse(body=body, media_type="text/plain; version=0.0.4; charset=utf-8")
+    return ASGIResponse(
+        body=await service.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8"
+    )

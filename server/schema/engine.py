@@ -15,6 +15,47 @@ class Memory(msgspec.Struct, kw_only=True):
     total_bytes: int
 
 
+class Slot(msgspec.Struct, kw_only=True):
+    """A place for one request, and what the request in it does; never what is in it, or whose it is."""
+
+    # prompt: it is read; following: another request reads the part that both begin with, and this one waits.
+    state: Literal["idle", "prompt", "writing", "following"]
+    n_tokens: int  # computed, that the slot holds
+    n_cached_tokens: int  # of the request's prompt, found in the cache
+    adapters: dict[str, float]  # of the request: their scales by name
+    age_s: float | None  # since the request was first let in; null: idle
+
+
+class HitRates(msgspec.Struct, kw_only=True):
+    """Shares of the prompt tokens of all requests that have ended; null before there were any."""
+
+    all: float | None
+    slot: float | None  # in the KV cache
+    ram: float | None  # kept in host memory
+    disk: float | None
+
+
+class LoadedAdapter(msgspec.Struct, kw_only=True):
+    """A LoRA adapter beside the model."""
+
+    name: str
+    default_scales: dict[str, float]  # by the name that a client asks for
+    running: int | None  # requests that run with it; null: the engine has not told
+
+
+class Features(msgspec.Struct, kw_only=True):
+    """What a loaded engine can do, and does."""
+
+    unified: bool  # one KV cache that all requests share; else each has a stream of its own
+    prefix_sharing: bool  # whether a request can begin with what another one computed
+    guesses: Literal["off", "lookup", "lookup and draft model"]  # of the next tokens, where they pay
+    guessing: bool | None  # whether the last call that could hold guesses did; null: the engine has not told
+    acceptance: float | None  # share of the guesses that were right; null before there were any
+    flash_attention: bool | None  # null: llama.cpp did not say
+    kernels: list[str]  # of lq's own that the CPU computes with: attention, weights
+    gpu: str | None  # null: all runs on the CPU
+
+
 class EngineState(msgspec.Struct, kw_only=True):
     """One process with one model; several names may share it."""
 
@@ -37,7 +78,16 @@ class EngineState(msgspec.Struct, kw_only=True):
     keep_alive_s: float | None  # null: stays until another model needs its room
     preload: bool
     config: dict[str, Any]  # everything that it is started with
-    stats: dict[str, Any] | None  # the engine's own figures; null when it does not answer
+    features: Features | None  # null: not loaded
+    adapters: list[LoadedAdapter]
+    # What the engine told of itself last; null when it is not loaded or has not told anything yet.
+    stats_age_s: float | None  # an engine in a long call answers after it: what it told may be older
+    slots: list[Slot] | None
+    queue: (
+        dict[str, int] | None
+    )  # requests that wait in the engine, by their keys' priority, the highest first
+    hit_rates: HitRates | None
+    stats: dict[str, Any] | None  # all other figures
 
 
 class EngineList(msgspec.Struct, kw_only=True):

@@ -6,6 +6,13 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 
+class Adapter(msgspec.Struct, kw_only=True):
+    """A LoRA adapter beside the model; its scale holds where a request names no `adapter_scale`."""
+
+    name: str
+    scale: float
+
+
 class Model(msgspec.Struct, kw_only=True):
     """OpenAI's model object; the rest says what the model is and how much it reads."""
 
@@ -22,6 +29,8 @@ class Model(msgspec.Struct, kw_only=True):
     architecture: str | UnsetType = UNSET
     description: str | UnsetType = UNSET
     base: str | UnsetType = UNSET  # of an assistant: the model behind it
+    adapters: list[Adapter] | UnsetType = UNSET  # that a request may name
+    adapter: Adapter | UnsetType = UNSET  # of an assistant: used unless a request names another, or none
     prompt: str | UnsetType = UNSET
     collection: str | UnsetType = UNSET
 

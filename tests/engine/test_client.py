@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from engine.client import Engine
+from engine.llama import without_kernels
 from engine.request import (
     ContextOverflow,
     Delta,
@@ -82,6 +83,37 @@ def test_streams_tokens_and_answers_questions(config):
             assert await engine.detokenize(tokens) == "Hello world"
             stats = await engine.stats()
             assert (stats.requests_total, stats.completion_tokens_total) == (4, 24)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("options", "unified", "guesses", "kernels"),
+    [
+        ({}, False, "lookup", ("attention", "weights")),
+        ({"kv_cells": 600, "kv_type_k": "q8_0", "speculation": "off"}, True, "off", ("weights",)),
+    ],
+)
+def test_an_engine_says_what_it_can_do_and_what_its_slots_do(config, options, unified, guesses, kernels):
+    async def main():
+        async with running(replace(config, n_gpu_layers=0, **options)) as engine:
+            info = engine.info
+            assert (info.unified, info.shares_prefixes, info.guesses) == (unified, True, guesses)
+            assert info.kernels == (() if without_kernels() else kernels)
+            assert info.flash_attention is True
+            stream = engine.submit(ask(max_tokens=400))
+            await anext(stream)
+            stats = await engine.stats()
+            assert {each.state for each in stats.slots} == {"writing", "idle"}
+            (busy,) = (each for each in stats.slots if each.state == "writing")
+            assert busy.n_tokens == stats.kv_cells_used > 0
+            assert busy.age_s
+            assert 0 < busy.age_s < 60
+            assert stats.kv_cells_used + stats.kv_cells_free == stats.kv_cells_total
+            await stream.aclose()
+            stats = await settled(engine, running=0)
+            assert [each.state for each in stats.slots] == ["idle"] * 2
+            assert sum(stats.stall_counts) > 0
 
     asyncio.run(main())
 

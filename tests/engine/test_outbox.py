@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from engine import wire
-from engine.request import Delta, Done, EngineError, EngineStats
+from engine.request import Delta, Done, EngineError
+from engine.stats import EngineStats
 from engine.worker import Channel, Outbox
 
 STATS = EngineStats(0, 0, 1, 1, 0, 0)

@@ -17,11 +17,11 @@ from engine.request import (
     EngineConfig,
     EngineInfo,
     EngineRestarted,
-    EngineStats,
     InputTooLong,
     Pooled,
     TokenLogprob,
 )
+from engine.stats import EngineStats
 from models.footprint import Footprint
 from server.app import create_app
 from server.auth import Hosts, Keys, accept

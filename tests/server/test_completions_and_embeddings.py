@@ -153,18 +153,6 @@ def test_metrics_count_requests_and_tokens_by_name(house):
         assert line in text
 
 
-def test_metrics_do_not_wait_for_an_engine_that_is_down_or_silent(house, monkeypatch):
-    async def never():
-        await asyncio.Event().wait()
-
-    house.engine.stats = never
-    monkeypatch.setattr("server.service.STATS_S", 0.01)
-    assert 'lq_engine_up{model="fake"} 0.0' in house.call("GET", "/metrics").text
-    house.engine.alive = False
-    house.engine.stats = None  # must not be called
-    assert 'lq_engine_up{model="fake"} 0.0' in house.call("GET", "/metrics").text
-
-
 def test_health_tells_when_an_engine_is_down(house):
     assert house.call("GET", "/health").json() == {"status": "ok"}
     house.engine.alive = False
@@ -175,11 +163,11 @@ def test_health_tells_when_an_engine_is_down(house):
 def test_the_page_documents_every_field_and_needs_no_network(house):
     page = house.call("GET", "/docs").text
     assert "POST /v1/chat/completions" in page
-    for field in ("messages", "collection", "min_p", "response_format"):
+    for field in ("messages", "collection", "min_p", "response_format", "adapters", "hit_rates"):
         assert f"<code>{field}</code>" in page
     assert page.index("<code>messages</code> *") < page.index("<code>temperature</code>")
     linked = set(re.findall('href="#(.*?)"', page))
-    assert linked >= {"UserMessage", "TextPart", "JSONSchemaFormat"}
+    assert linked >= {"UserMessage", "TextPart", "JSONSchemaFormat", "Adapter", "EngineState", "Slot"}
     assert linked <= set(re.findall("<h3 id=(.*?)>", page))
     assert not re.search(r"None|`", page)
     assert "http" not in page

@@ -309,10 +309,14 @@ def test_the_engine_route_tells_what_was_chosen_and_what_goes_on(lives):
     assert memory["kv_bytes"] == 16384 * 23040 * (34 / 32 + 2) / 4
     assert memory["total_bytes"] == sum(value for name, value in memory.items() if name != "total_bytes")
     config, stats = found.pop("config"), found.pop("stats")
+    assert 0 <= found.pop("stats_age_s") < 60
+    for name in ("features", "hit_rates", "queue", "slots"):
+        assert found.pop(name) is not None
     assert found == {
         "id": "a", "object": "engine", "models": ["a", "terse"], "state": "ready", "problem": None,
         "n_ctx": 8192, "n_ctx_train": 8192, "n_parallel": 2, "kv_cells": 16384, "n_threads": 1, "gpu": None,
         "slow_attention": None, "leases": 0, "waiting": 0, "keep_alive_s": 3600.0, "preload": True,
+        "adapters": [],
     }  # fmt: skip
     assert config["model_path"].endswith(".gguf")
     assert "/" not in json.dumps(config)

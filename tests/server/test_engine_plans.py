@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from engine import wire
+from engine.stats import EngineStats, SlotStats
 from models.errors import ModelsError
 from models.store import Store
 from server.app import create_app
@@ -90,20 +92,26 @@ def test_what_is_no_model_or_adapter_is_refused_before_anything_starts(store, ad
 
 def beside(adapter) -> Settings:
     """The adapter by name, for requests and an assistant that ask for it."""
-    models = {SMOL: Model(n_ctx=256, n_parallel=2, threads=1, adapters={"odd": str(adapter)})}
-    return complete(
-        Settings(models=models, assistants={"tuned": Assistant(model=SMOL, adapter="odd")}), "test"
-    )
+    both = {"odd": str(adapter), "even": Adapter(path=str(adapter), scale=2.0)}
+    models = {SMOL: Model(n_ctx=256, n_parallel=2, threads=1, adapters=both)}
+    assistants = {
+        "tuned": Assistant(model=SMOL, adapter="odd"),
+        "soft": Assistant(model=SMOL, adapter="odd", adapter_scale=0.25),
+        "mute": Assistant(model=SMOL, adapter="odd", adapter_scale=0),
+    }
+    return complete(Settings(models=models, assistants=assistants), "test")
 
 
 def test_adapters_beside_the_model_share_its_engine_and_are_known_by_name(store, adapter):
     plans = plan(beside(adapter), store)
     assert plans["tuned"] == plans[SMOL]
-    ((name, path),) = plans[SMOL].config.adapters
-    assert (name, path.suffix, plans[SMOL].adapter_scales) == ("odd", ".gguf", {"odd": 1.0})
+    assert plans["soft"].config == plans[SMOL].config, "a scale is a request's, not the engine's"
+    (name, path), _ = plans[SMOL].config.adapters
+    assert (name, path.suffix) == ("odd", ".gguf")
+    assert plans[SMOL].adapter_scales == {"odd": 1.0, "even": 2.0}
     assert plans[SMOL].config.lora == ()
     with_it, without = plans[SMOL].footprint, plan(settings(adapter), store)[SMOL].footprint
-    assert with_it.weights_bytes == without.weights_bytes + path.stat().st_size
+    assert with_it.weights_bytes == without.weights_bytes + 2 * path.stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -112,9 +120,15 @@ def test_adapters_beside_the_model_share_its_engine_and_are_known_by_name(store,
         ({"model": SMOL}, ()),
         ({"model": "tuned"}, (("odd", 1.0),)),
         ({"model": "tuned", "adapter": ""}, ()),
+        ({"model": "soft"}, (("odd", 0.25),)),
+        ({"model": "soft", "adapter": "odd"}, (("odd", 0.25),)),
+        ({"model": "soft", "adapter": "even"}, (("even", 2.0),)),
+        ({"model": "soft", "adapter_scale": 3}, (("odd", 3.0),)),
+        ({"model": "soft", "adapter": ""}, ()),
+        ({"model": "mute"}, (("odd", 0.0),)),
         ({"model": SMOL, "adapter": "odd"}, (("odd", 1.0),)),
         ({"model": SMOL, "adapter": "odd", "adapter_scale": 0.5, "n": 2}, (("odd", 0.5),)),
-        ({"model": SMOL, "adapter": "nope"}, "'nope' is not loaded; there are: odd"),
+        ({"model": SMOL, "adapter": "nope"}, "'nope' is not loaded; there are: odd, even"),
         ({"model": SMOL, "adapter_scale": 2}, "adapter_scale needs an `adapter`"),
         ({"model": SMOL, "adapter": 3}, "adapter"),
         ({"model": SMOL, "adapter": "odd", "adapter_scale": 101}, "adapter_scale"),
@@ -143,6 +157,45 @@ def test_a_request_or_its_assistant_names_the_adapter(store, adapter, make_engin
     else:
         assert response.status_code == 200
         assert [request.adapters for request in engine.requests] == [named] * fields.get("n", 1)
+        sent = wire.frame(wire.Submit(1, engine.requests[0]))
+        assert [each.request.adapters for each in wire.messages(bytearray(sent))] == [named]
+
+
+def test_adapters_are_told_where_models_and_engines_are(store, adapter, make_engine):
+    engine = make_engine()
+
+    async def start(_config):
+        return engine
+
+    async def told():
+        running = (
+            SlotStats("writing", 9, adapters=(("odd", 0.25),)),
+            SlotStats("prompt", 9),
+            SlotStats("idle", 9),
+        )
+        return EngineStats(2, 0, 3, 90, 18, 9, slots=running)
+
+    engine.stats = told
+
+    async def ask():
+        async with (
+            opened(beside(adapter), store=store, start=start) as service,
+            httpx.AsyncClient(transport=InProcess(create_app(service)), base_url=BASE_URL) as client,
+        ):
+            models = (await client.get("/v1/models")).json()["data"]
+            return {each["id"]: each for each in models}, (await client.get("/v1/engine")).json()["data"]
+
+    models, (found,) = asyncio.run(ask())
+    defaults = [{"name": "odd", "scale": 1.0}, {"name": "even", "scale": 2.0}]
+    assert models[SMOL]["adapters"] == models["tuned"]["adapters"] == defaults
+    assert "adapter" not in models[SMOL]
+    assert models["tuned"]["adapter"] == defaults[0]
+    assert models["soft"]["adapter"] == models["soft"]["adapters"][0] == {"name": "odd", "scale": 0.25}
+    scales = {SMOL: 1.0, "tuned": 1.0, "soft": 0.25, "mute": 0.0}
+    assert found["adapters"] == [
+        {"name": "odd", "default_scales": scales, "running": 1},
+        {"name": "even", "default_scales": dict.fromkeys(scales, 2.0), "running": 0},
+    ]
 
 
 def test_an_adapter_beside_the_model_changes_the_answers_that_ask_for_it_and_no_other(store, adapter):
@@ -152,14 +205,15 @@ def test_an_adapter_beside_the_model_changes_the_answers_that_ask_for_it_and_no_
             async with httpx.AsyncClient(transport=transport, base_url=BASE_URL, timeout=120) as client:
                 bodies = [{"model": SMOL}, {"model": "tuned"}, {"model": SMOL, "adapter": "odd"}]
                 bodies += [{"model": "tuned", "adapter": ""}, {"model": "tuned", "adapter_scale": 0.0}]
+                bodies += [{"model": "mute"}]
                 question = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
                 question |= {"temperature": 0, "max_tokens": 8}
                 asked = [client.post("/v1/chat/completions", json=question | body) for body in bodies]
                 answers = [response.json() for response in await asyncio.gather(*asked)]
                 return [answer["choices"][0]["message"]["content"] for answer in answers]
 
-    base, tuned, named, without, scaled_to_nothing = asyncio.run(ask_all())
-    assert base == without == scaled_to_nothing
+    base, tuned, named, without, scaled_to_nothing, mute = asyncio.run(ask_all())
+    assert base == without == scaled_to_nothing == mute
     assert tuned == named != base
 
 

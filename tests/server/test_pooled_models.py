@@ -86,7 +86,7 @@ def test_an_embedding_model_answers_as_openai_does(served, files):
         packed = (await post("/v1/embeddings", model="embed", input=TEXTS, encoding_format="base64")).json()
         short = (await post("/v1/embeddings", model="embed", input=TEXTS[0], dimensions=8)).json()
         wide = await post("/v1/embeddings", model="embed", input="a", dimensions=33)
-        metrics = service.metrics.text(await service.stats()).decode()
+        metrics = (await service.exposition()).decode()
         return floats, packed, short, wide.json()["error"], metrics
 
     floats, packed, short, wide, metrics = served(scenario, real=True)

@@ -77,6 +77,17 @@ def test_an_assistant_may_name_a_model_of_the_store(written):
         ('[models.a]\nadapters = {"a/b" = "x"}', ["`models.a`", "'a/b' is no name"]),
         ('[models.a]\nadapters = ["x"]', ["`models.a.adapters`", "object"]),
         (
+            '[assistants.b]\nmodel = "a"\nadapter_scale = 2',
+            ["assistants.b", "`adapter_scale` needs an `adapter`"],
+        ),
+        *(
+            (
+                f'[assistants.b]\nmodel = "a"\nadapter = "x"\nadapter_scale = {scale}',
+                ["assistants.b.adapter_scale"],
+            )
+            for scale in ("100.5", "-101", "nan", "inf", "true", '"1"')
+        ),
+        (
             '[models.a]\nadapters = {x = "x"}\n[assistants.b]\nmodel = "a"\nadapter = "y"',
             ["assistants.b", "'a' has no adapter 'y'", "x"],
         ),
