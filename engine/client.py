@@ -26,6 +26,7 @@ from engine.request import (
     GenerationRequest,
     Pooled,
     PooledRequest,
+    Read,
     check_text,
 )
 
@@ -52,8 +53,8 @@ class _Stream:
     """A request on its way and where its events go."""
 
     request: GenerationRequest | PooledRequest
-    events: asyncio.Queue[Event | Pooled | EngineError] = field(default_factory=asyncio.Queue)
-    begun: bool = False  # something of it was answered
+    events: asyncio.Queue[Event | Read | Pooled | EngineError] = field(default_factory=asyncio.Queue)
+    begun: bool = False  # something of it was answered; texts that were read can be read once more
     replayed: bool = False  # it has outlived a process
 
 
@@ -102,20 +103,13 @@ class Engine:
         """
         return self._events(request)
 
-    async def embed(self, texts: Sequence[str]) -> Pooled:
-        """An embedding model's vectors, (texts, width) of length 1. Cancelling the call cancels the work.
+    def pool(self, request: PooledRequest) -> AsyncGenerator[Read | Pooled, None]:
+        """What an embedding or reranking model reads of a request, and at last what it makes of it: vectors,
+        (texts, width) of length 1, or scores as it gives them. Closing the generator cancels the request.
 
         Raises InvalidRequest, InputTooLong, QueueFull, EngineRestarted or EngineUnavailable.
         """
-        return await self._pooled(PooledRequest(tuple(texts)))
-
-    async def rerank(self, query: str, documents: Sequence[str]) -> Pooled:
-        """A reranking model's scores of documents, as it gives them; raises what `embed` does."""
-        return await self._pooled(PooledRequest(tuple(documents), query))
-
-    async def _pooled(self, request: PooledRequest) -> Pooled:
-        async with contextlib.aclosing(self._events(request)) as events:
-            return await anext(events)
+        return self._events(request)
 
     async def _events(self, request: GenerationRequest | PooledRequest) -> AsyncGenerator[Any, None]:
         request.validate()
@@ -225,7 +219,7 @@ class Engine:
                 for id, event in items:
                     stream = self._streams.get(id)
                     if stream is not None:  # else it was cancelled meanwhile
-                        stream.begun = True
+                        stream.begun = stream.begun or not isinstance(event, Read)
                         stream.events.put_nowait(event.error() if isinstance(event, wire.Failure) else event)
                 self._latest = stats or self._latest
             case wire.Answer(id, value):
