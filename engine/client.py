@@ -29,6 +29,7 @@ from engine.request import (
     GenerationRequest,
     Pooled,
     PooledRequest,
+    Read,
     check_text,
 )
 from engine.stats import EngineStats
@@ -45,8 +46,8 @@ class _Stream:
     """A request on its way and where its events go."""
 
     request: GenerationRequest | PooledRequest
-    events: asyncio.Queue[Event | Pooled | EngineError] = field(default_factory=asyncio.Queue)
-    begun: bool = False  # something of it was answered
+    events: asyncio.Queue[Event | Read | Pooled | EngineError] = field(default_factory=asyncio.Queue)
+    begun: bool = False  # something of it was answered; texts that were read can be read once more
     sent: bool = False  # to the process that runs now
     deaths: int = 0  # of processes that were busy with it
     tried: asyncio.Event = field(default_factory=asyncio.Event)  # it was answered, or is gone
@@ -111,20 +112,13 @@ class Engine:
         """
         return self._events(request)
 
-    async def embed(self, texts: Sequence[str]) -> Pooled:
-        """An embedding model's vectors, (texts, width) of length 1. Cancelling the call cancels the work.
+    def pool(self, request: PooledRequest) -> AsyncGenerator[Read | Pooled, None]:
+        """What an embedding or reranking model reads of a request, and at last what it makes of it: vectors,
+        (texts, width) of length 1, or scores as it gives them. Closing the generator cancels the request.
 
         Raises InvalidRequest, InputTooLong, QueueFull, EngineRestarted or EngineUnavailable.
         """
-        return await self._pooled(PooledRequest(tuple(texts)))
-
-    async def rerank(self, query: str, documents: Sequence[str]) -> Pooled:
-        """A reranking model's scores of documents, as it gives them; raises what `embed` does."""
-        return await self._pooled(PooledRequest(tuple(documents), query))
-
-    async def _pooled(self, request: PooledRequest) -> Pooled:
-        async with contextlib.aclosing(self._events(request)) as events:
-            return await anext(events)
+        return self._events(request)
 
     async def _events(self, request: GenerationRequest | PooledRequest) -> AsyncGenerator[Any, None]:
         request.validate()
@@ -259,10 +253,10 @@ class Engine:
         match reply:
             case wire.Outputs(items, stats):
                 for id, event in items:
-                    if isinstance(event, Delta):
+                    if isinstance(event, Delta | Read):
                         stream = self._streams.get(id)
                         if stream is not None:  # else it was cancelled meanwhile
-                            stream.begun = True
+                            stream.begun = stream.begun or isinstance(event, Delta)
                             stream.tried.set()
                             stream.events.put_nowait(event)
                     else:

@@ -148,6 +148,17 @@ class FairQueue(Generic[W]):
         account = self._accounts.get(tenant.name)
         return 0 if account is None else len(account.waiting)
 
+    def is_full_for(self, tenant: Charged, max_queue: int, *, n_waiting: int) -> bool:
+        """Whether another request of this tenant would be one too many; `n_waiting`: who would wait with it.
+
+        A flood of one tenant does not shut the door on others: each may have its share of the queue, and one
+        request at least.
+        """
+        if n_waiting <= max_queue:
+            return False
+        least = min(1, max_queue)
+        return self.n_waiting(tenant) + 1 > max(least, self.share(tenant, max_queue))
+
     def share(self, tenant: Charged, n_places: int) -> float:
         """Places that are due to a tenant beside all others who want some now, by weight."""
         if self._weight is None:

@@ -1,11 +1,11 @@
 """The owner of a context whose calls give one result a sequence: embeddings, or scores of a reranker.
 
 The same shape as Loop: `submit`, `step`, `cancel`, `idle`, `stats`, `close`. Waiting requests give their
-texts in turn, one each, until a call is full, so that a request of thousands lets a short one through.
+texts in turn, one each, until a call is full, so that a request of thousands lets a short one through. Whose
+turn it is says the fair queue (fairness.py), in which a request stands again and again, once for each text.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from engine.bounds import CHARACTERS_PER_TOKEN, is_too_long
+from engine.fairness import FairQueue
 from engine.figures import Counters
 from engine.llama import Context, DecodeFailed, Model
 from engine.pairs import Pairs
@@ -30,10 +31,12 @@ from engine.request import (
     PooledRequest,
     Pooling,
     QueueFull,
+    Read,
+    Tenant,
 )
 from engine.stats import EngineStats
 
-Output = tuple[Hashable, Pooled | EngineError]
+Output = tuple[Hashable, Read | Pooled | EngineError]
 
 
 class ResultIsNoNumber(EngineError):
@@ -56,7 +59,12 @@ class _Job:
     upcoming: list[int] = field(default_factory=list)
 
     @property
+    def tenant(self) -> Tenant:
+        return self.request.tenant
+
+    @property
     def has_more(self) -> bool:
+        """Whether it waits in the queue for its next text's turn."""
         return self.n_taken < len(self.request.inputs)
 
 
@@ -102,7 +110,7 @@ class PooledLoop:
         self._pairs = Pairs(model) if kind == "rerank" else None
         self._width = 1 if kind == "rerank" else model.n_pooled
         self._jobs: dict[Hashable, _Job] = {}
-        self._turns: deque[_Job] = deque()  # of jobs with texts to take, the next first
+        self._queue: FairQueue[_Job] = FairQueue()  # jobs with texts to take; what runs are texts of a call
 
     @property
     def idle(self) -> bool:
@@ -115,12 +123,18 @@ class PooledLoop:
             raise InvalidRequest("this model ranks documents: give a query", field="query")
         if self.kind == "embedding" and request.query is not None:
             raise InvalidRequest("this model embeds texts and ranks none: leave out the query", field="query")
-        if self.max_queue is not None and len(self._jobs) > self.max_queue:
+        if self._is_full_for(request.tenant):
             raise QueueFull(len(self._jobs), retry_after_s=self._wait_s())
         job = _Job(id, request, np.empty((len(request.inputs), self._width), np.float32))
         self._jobs[id] = job
-        self._turns.append(job)
+        self._queue.add(job)
         self.counters.requests_total += 1
+
+    def _is_full_for(self, tenant: Tenant) -> bool:
+        n_waiting = len(self._queue) + 1 - self.n_parallel  # the others are in the next call
+        return self.max_queue is not None and self._queue.is_full_for(
+            tenant, self.max_queue, n_waiting=n_waiting
+        )
 
     def cancel(self, id: Hashable) -> None:
         """End a request at once, before the next call; an unknown or finished one is left alone."""
@@ -129,14 +143,19 @@ class PooledLoop:
             self._end(self._jobs[id])
 
     def step(self) -> list[Output]:
-        """Fill a call with texts in turn and compute it; the requests that this ended."""
+        """Fill a call with texts in turn and compute it: the requests that this ended, and of those that go
+        on what was read."""
         if not self._jobs:
             return []
         started = time.perf_counter()
         outputs: list[Output] = []
+        self._queue.called()
         texts = self._take(outputs)
         if texts:
             outputs += self._compute(texts)
+            outputs += self._read(texts)
+        for text in texts:
+            self._queue.ended(text.job)
         self.counters.busy_s += time.perf_counter() - started
         return outputs
 
@@ -178,24 +197,37 @@ class PooledLoop:
         """The texts of the next call; requests whose next text cannot be read end in `outputs`."""
         texts: list[_Text] = []
         n_tokens = 0
-        while self._turns and len(texts) < self.n_parallel:
-            job = self._turns[0]
+        while len(texts) < self.n_parallel and (ready := self._queue.ready()):
+            job = ready[0]
             self.note((job.id,))
             try:
                 job.upcoming = job.upcoming or self._tokens(job)
             except EngineError as error:
                 outputs.append(self._fail(job, error))
+                n_tokens -= sum(self._put_back(text) for text in texts if text.job is job)
                 texts = [text for text in texts if text.job is not job]
                 continue
             if texts and n_tokens + len(job.upcoming) > self.n_tokens:
                 break
-            self._turns.popleft()
             n_tokens += len(job.upcoming)
-            texts.append(_Text(job, job.n_taken, job.upcoming))
-            job.n_taken, job.upcoming = job.n_taken + 1, []
-            if job.has_more:
-                self._turns.append(job)
+            texts.append(self._next_text(job))
         return texts
+
+    def _next_text(self, job: _Job) -> _Text:
+        """Take a job's upcoming text; with more of them it waits again, behind others of its tenant."""
+        text = _Text(job, job.n_taken, job.upcoming)
+        self._queue.started(job)
+        self._queue.charge(job, len(text.tokens))
+        job.n_taken, job.upcoming = job.n_taken + 1, []
+        if job.has_more:
+            self._queue.add(job)
+        return text
+
+    def _put_back(self, text: _Text) -> int:
+        """A text that was taken is not computed after all; its tokens."""
+        self._queue.charge(text.job, -len(text.tokens))
+        self._queue.ended(text.job)
+        return len(text.tokens)
 
     def _tokens(self, job: _Job) -> list[int]:
         """The next text of a job. Raises InputTooLong or InvalidRequest."""
@@ -233,6 +265,14 @@ class PooledLoop:
                 outputs += self._keep(text, row)
         return outputs
 
+    def _read(self, texts: list[_Text]) -> list[Output]:
+        """What this call read for requests that go on."""
+        counts: dict[_Job, int] = {}
+        for text in texts:
+            if text.job.id in self._jobs:
+                counts[text.job] = counts.get(text.job, 0) + len(text.tokens)
+        return [(job.id, Read(n_tokens)) for job, n_tokens in counts.items()]
+
     def _keep(self, text: _Text, row: np.ndarray) -> list[Output]:
         job = text.job
         if not np.isfinite(row).all():
@@ -254,8 +294,8 @@ class PooledLoop:
     def _end(self, job: _Job) -> None:
         self.counters.prompt_tokens_total += job.n_tokens
         del self._jobs[job.id]
-        if job in self._turns:
-            self._turns.remove(job)
+        if job.has_more:
+            self._queue.remove(job)
 
     def _wait_s(self) -> float:
         """A guess at when a place is free: the time of work that a finished request took, on average."""

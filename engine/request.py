@@ -230,13 +230,18 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class PooledRequest:
-    """Texts of which a model makes one result each: an embedding, or with a `query` a score."""
+    """Texts of which a model makes one result each: an embedding, or with a `query` a score.
+
+    Each text is a sequence: `tenant.max_running` counts those of one call.
+    """
 
     inputs: tuple[str, ...]
     query: str | None = None
+    tenant: Tenant = Tenant()
 
     def validate(self) -> None:
         """Raise InvalidRequest for the first field that cannot be read."""
+        self.tenant.validate()
         if not isinstance(self.inputs, tuple | list) or not 0 < len(self.inputs) <= MAX_POOLED_INPUTS:
             raise InvalidRequest(f"give 1 to {MAX_POOLED_INPUTS} texts in a list", field="input")
         for index, text in enumerate(self.inputs):
@@ -295,6 +300,12 @@ class Done:
 
 
 Event = Delta | Done
+
+
+class Read(NamedTuple):
+    """What one call read for a PooledRequest that goes on after it."""
+
+    n_tokens: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)

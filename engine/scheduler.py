@@ -115,13 +115,8 @@ class Scheduler:
         return max(0, len(self.queue) + more - free)
 
     def is_full_for(self, tenant: Charged, max_queue: int) -> bool:
-        """Whether another request of this tenant would be one too many.
-
-        A flood of one tenant does not shut the door on others: each may have its share of the queue.
-        """
-        if self.n_waiting_with(1) <= max_queue:
-            return False
-        return self.queue.n_waiting(tenant) + 1 > self.queue.share(tenant, max_queue)
+        """Whether another request of this tenant would be one too many (FairQueue.is_full_for)."""
+        return self.queue.is_full_for(tenant, max_queue, n_waiting=self.n_waiting_with(1))
 
     # Requests come and go
 

@@ -22,6 +22,7 @@ from engine.request import (
     GenerationRequest,
     Pooled,
     PooledRequest,
+    Read,
 )
 from engine.stats import EngineStats
 
@@ -105,7 +106,7 @@ class Answer:
 class Outputs(NamedTuple):
     """What one step gave, or several; with a snapshot when a request ended."""
 
-    items: Sequence[tuple[int, Event | Pooled | Failure]]
+    items: Sequence[tuple[int, Event | Read | Pooled | Failure]]
     stats: EngineStats | None = None
 
     @property

@@ -28,6 +28,7 @@ from engine.request import (
     InvalidRequest,
     Pooled,
     PooledRequest,
+    Read,
 )
 from engine.stats import EngineStats
 
@@ -187,7 +188,7 @@ class Outbox:
         outputs = self._loop.step()
         if not outputs:
             return
-        ends: list[tuple[int, Event | Pooled | EngineError]] = []
+        ends: list[tuple[int, Event | Read | Pooled | EngineError]] = []
         for id, event in outputs:
             assert isinstance(id, int)
             if type(event) is Delta:
@@ -200,9 +201,9 @@ class Outbox:
         if ends or not is_short or next_s > self._sent_s + self._hold_s:
             self._send(ends, now)
 
-    def _send(self, ends: list[tuple[int, Event | Pooled | EngineError]], now: float) -> None:
+    def _send(self, ends: list[tuple[int, Event | Read | Pooled | EngineError]], now: float) -> None:
         """One message with all text since the last one, and what ended requests."""
-        items: list[tuple[int, Event | Pooled | wire.Failure]] = list(self._text.items())
+        items: list[tuple[int, Event | Read | Pooled | wire.Failure]] = list(self._text.items())
         for id, event in ends:
             items.append((id, wire.Failure.of(event) if isinstance(event, EngineError) else event))
         self._text.clear()

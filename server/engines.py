@@ -5,7 +5,16 @@ Names are resolved and headers read before any process starts; what starts and e
 
 import hashlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Hashable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +29,8 @@ from engine.request import (
     GenerationRequest,
     Kind,
     Pooled,
+    PooledRequest,
+    Read,
 )
 from engine.stats import EngineStats
 from models.footprint import Footprint, footprint, pieces_of
@@ -52,9 +63,7 @@ class Engine(Protocol):
 
     def submit(self, request: GenerationRequest) -> AsyncIterator[Event]: ...
 
-    async def embed(self, texts: Sequence[str]) -> Pooled: ...
-
-    async def rerank(self, query: str, documents: Sequence[str]) -> Pooled: ...
+    def pool(self, request: PooledRequest) -> AsyncGenerator[Read | Pooled, None]: ...
 
     async def tokenize(
         self, text: str, *, add_special: bool = True, parse_special: bool = False

@@ -152,7 +152,7 @@ class FirstTokenLate(Refused):
 class RequestTooLong(Refused):
     def __init__(self, limit_s: float) -> None:
         problem = f"the request took longer than {limit_s:g} s (`total_s`) and was cancelled"
-        super().__init__(f"{problem}: ask for less, such as with a smaller `max_tokens`", None)
+        super().__init__(f"{problem}: ask for less, such as with a smaller `max_tokens` or fewer texts", None)
 
 
 def _owner(key: str) -> str:

@@ -2,18 +2,20 @@
 
 Counts bytes and users; what a model is and how its engine starts it is told. All decisions fall in `_settle`,
 which runs after every change and never waits, so that no request can meet an engine that is being closed.
+Who waits for a load waits in a fair queue (engine/fairness.py): one key's flood leaves others their share.
 """
 
 import asyncio
+import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from engine.request import EngineConfig, EngineUnavailable, QueueFull
+from engine.fairness import FairQueue
+from engine.request import EngineConfig, EngineUnavailable, QueueFull, Tenant
 from server.engines import Engine, Plan, Start
 from server.errors import ModelTooLarge
 
@@ -91,6 +93,15 @@ class Standing:
 
 
 @dataclass(eq=False, slots=True)
+class _Turn:
+    """A request that waits for an engine; `seated` is done when it has one, or never will."""
+
+    number: int  # in the order of asking
+    tenant: Tenant
+    seated: asyncio.Future[None]
+
+
+@dataclass(eq=False, slots=True)
 class _Place:
     """A member's own; `state` is of its life, `drains` for as long as it may take no new users."""
 
@@ -98,7 +109,7 @@ class _Place:
     state: Literal["unloaded", "loading", "ready", "closing"] = "unloaded"
     engine: Engine | None = None
     users: int = 0
-    waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
+    waiting: FairQueue[_Turn] = field(default_factory=FairQueue)
     since_s: float = 0.0  # when the first of those that wait came
     used_s: float = 0.0  # when somebody last took or gave it back
     drains: bool = False
@@ -112,6 +123,18 @@ class _Place:
     @property
     def held_bytes(self) -> int:
         return 0 if self.state == "unloaded" else self.member.size_bytes
+
+    def is_full_for(self, tenant: Tenant) -> bool:
+        """Whether another request of a tenant would be one too many, as the engine itself will see it."""
+        config = self.member.config
+        n_waiting = len(self.waiting) + 1 - config.n_parallel
+        return self.waiting.is_full_for(tenant, config.max_queue, n_waiting=n_waiting)
+
+    def take_waiting(self) -> list[_Turn]:
+        """All that wait, in the order of asking; nobody waits then."""
+        turns = sorted(self.waiting, key=lambda turn: turn.number)
+        self.waiting = FairQueue()
+        return turns
 
 
 class Fleet:
@@ -130,16 +153,18 @@ class Fleet:
         self.budget_bytes = budget_bytes
         self._clock = clock or _LoopClock()
         self._timer: Timer | None = None
+        self._numbers = itertools.count()
         self._closed = False
 
     @asynccontextmanager
-    async def lease(self, config: EngineConfig) -> AsyncIterator[Engine]:
+    async def lease(self, config: EngineConfig, tenant: Tenant = Tenant()) -> AsyncIterator[Engine]:  # noqa: B008
         """The engine, started if need be; it stays as long as somebody holds a lease of it.
 
+        `tenant`: who asks, whose share of the places to wait in is limited while others want some.
         Raises ModelTooLarge, QueueFull, EngineUnavailable when the fleet closes, or what its start raises.
         """
         place = self._places[config]
-        await self._take(place)
+        await self._take(place, tenant)
         try:
             assert place.engine is not None  # users keep it
             yield place.engine
@@ -197,7 +222,7 @@ class Fleet:
             problem=str(place.problem) if place.problem is not None else None,
         )
 
-    async def _take(self, place: _Place) -> None:
+    async def _take(self, place: _Place, tenant: Tenant) -> None:
         if self._closed:
             raise EngineUnavailable("the server stops")
         if place.state == "ready" and not place.drains:
@@ -205,17 +230,18 @@ class Fleet:
             return
         if place.member.size_bytes > self.budget_bytes:
             raise ModelTooLarge(place.member.name, place.member.size_bytes, self.budget_bytes)
-        if len(place.waiting) >= place.member.config.max_queue + place.member.config.n_parallel:
+        if place.is_full_for(tenant):
             raise QueueFull(len(place.waiting), FULL_RETRY_S)
         if not place.waiting:
             place.since_s = self._clock.time()
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        place.waiting.append(turn)
+        seated: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        turn = _Turn(next(self._numbers), tenant, seated)
+        place.waiting.add(turn)
         self._settle()
         try:
-            await turn
+            await seated
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled() and turn.exception() is None:
+            if seated.done() and not seated.cancelled() and seated.exception() is None:
                 self._give_back(place)  # it was seated in the same moment
             elif turn in place.waiting:
                 place.waiting.remove(turn)
@@ -278,17 +304,15 @@ class Fleet:
         return victims if room >= size_bytes else []
 
     def _seat_waiting(self, place: _Place) -> None:
-        while place.waiting:
-            turn = place.waiting.popleft()
-            if not turn.done():  # else its owner was cancelled and will not take it
+        for turn in place.take_waiting():
+            if not turn.seated.done():  # else its owner was cancelled and will not take it
                 self._seat(place)
-                turn.set_result(None)
+                turn.seated.set_result(None)
 
     def _refuse(self, place: _Place, error: Exception) -> None:
-        while place.waiting:
-            turn = place.waiting.popleft()
-            if not turn.done():
-                turn.set_exception(error)
+        for turn in place.take_waiting():
+            if not turn.seated.done():
+                turn.seated.set_exception(error)
 
     def _begin_loading(self, place: _Place) -> None:
         place.state, place.problem = "loading", None

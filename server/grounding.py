@@ -8,12 +8,13 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+from engine.request import Tenant
 from models.errors import ModelsError
 from prompts.message import Source as PromptSource
 from rag.collection import Collection, CollectionInfo, InvalidName, Passage, UnknownCollection, directory_of
 from rag.errors import RagError
 from rag.settings import rebuild_command
-from server.embedding import Embedder, EmbedderThread
+from server.embedding import CHARACTERS_A_TOKEN, Embedder, EmbedderThread
 from server.errors import BadRequest, CollectionUnavailable, ServerError
 from server.schema.usage import Source
 
@@ -55,7 +56,14 @@ class Retriever:
 
         await self._thread.use(info.embedder, compare)
 
-    async def search(self, name: str, question: str, *, k: int) -> list[Passage]:
+    async def search(
+        self,
+        name: str,
+        question: str,
+        *,
+        k: int,
+        tenant: Tenant = Tenant(),  # noqa: B008
+    ) -> list[Passage]:
         """The best passages, best first, found with the embedder that the collection was built with."""
         question = question.strip()[-SEARCHED_CHARACTERS:]
         if not question:
@@ -65,7 +73,10 @@ class Retriever:
         try:
             collection, embedder_name = await asyncio.to_thread(self._open_with_embedder, name)
             return await self._thread.use(
-                embedder_name, lambda embedder: collection.search(question, k=k, embedder=embedder)
+                embedder_name,
+                lambda embedder: collection.search(question, k=k, embedder=embedder),
+                tenant=tenant,
+                n_tokens=1 + len(question) // CHARACTERS_A_TOKEN,
             )
         except (InvalidName, UnknownCollection):
             raise

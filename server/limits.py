@@ -143,6 +143,7 @@ class Usage:
         self._cached: dict[int, int] = {}
         self._written: dict[int, int] = {}
         self._n_choices = n_choices
+        self._has_read = False
 
     @property
     def prompt(self) -> int:
@@ -162,7 +163,7 @@ class Usage:
 
     @property
     def begun(self) -> bool:
-        return bool(self._written)
+        return bool(self._written) or self._has_read
 
     def wrote(self, index: int, n_tokens: int, *, n_prompt: int = 0, anew: bool = False) -> None:
         """A choice has more tokens, `anew`: these and no others.
@@ -173,6 +174,11 @@ class Usage:
         number, choice = divmod(index, self._n_choices)
         if n_prompt and choice == 0:
             self._prompts[number] = n_prompt
+
+    def read(self, n_tokens: int) -> None:
+        """More of the texts to embed or to rank was read."""
+        self._prompts[0] = self._prompts.get(0, 0) + n_tokens
+        self._has_read = True
 
     def ended(self, index: int, *, n_prompt: int, n_cached: int, n_completion: int) -> None:
         """A choice is complete; these numbers hold, whatever was counted before."""

@@ -145,7 +145,7 @@ async def _prompted(
     if collection is None:
         return messages_with(()), None
     k = body.passages or (assistant.passages if assistant else None) or grounding.DEFAULT_PASSAGES
-    found = await roster.retriever.search(collection, last.content, k=k)
+    found = await roster.search(collection, last.content, k=k)
 
     async def count(passages: Sequence[Passage]) -> int:
         return len(await target.tokens(messages_with(passages)))

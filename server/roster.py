@@ -1,5 +1,6 @@
 """The names that a client may ask for, and what stands behind each."""
 
+import copy
 import difflib
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -9,10 +10,11 @@ from pathlib import Path
 
 from msgspec import UNSET
 
-from engine.request import Kind, ModelLoadFailed
+from engine.request import Kind, ModelLoadFailed, Tenant
 from prompts import template
 from prompts.message import Message
 from prompts.template import Prompt
+from rag.collection import Passage
 from server import chat_prompt
 from server.engines import Engine, Plan
 from server.errors import DOES, ModelNotLoaded, UnknownModel, WrongKind
@@ -75,6 +77,7 @@ class Roster:
         embedder: str | None,
     ) -> None:
         self.settings = settings
+        self.tenant = Tenant()
         self._embedder = embedder
         self.retriever = retriever
         self.plans = plans
@@ -83,6 +86,16 @@ class Roster:
         folder = settings.server.prompts
         self._prompt_folder = Path(folder) if folder else None
         self._targets = {name: self._target(name, plan) for name, plan in plans.items()}
+
+    def on_behalf_of(self, tenant: Tenant) -> "Roster":
+        """The same roster, whose leases and searches are this tenant's."""
+        own = copy.copy(self)
+        own.tenant = tenant
+        return own
+
+    async def search(self, collection: str, question: str, *, k: int) -> list[Passage]:
+        """The best passages of a collection; raises what `Retriever.search` does."""
+        return await self.retriever.search(collection, question, k=k, tenant=self.tenant)
 
     def get(self, name: str, *, kind: Kind = "text") -> Target:
         """The model or assistant; UnknownModel lists what there is, WrongKind says what the name is for."""
@@ -111,7 +124,7 @@ class Roster:
         target = self.get(name, kind=kind)
         async with AsyncExitStack() as stack:
             try:
-                await stack.enter_async_context(self.fleet.lease(target.plan.config))
+                await stack.enter_async_context(self.fleet.lease(target.plan.config, self.tenant))
             except (ModelLoadFailed, OSError) as error:
                 folder = f"{target.plan.config.model_path.parent}/"
                 raise ModelNotLoaded(name, str(error).replace(folder, "")) from error

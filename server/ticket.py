@@ -59,9 +59,9 @@ class Ticket:
         self._usage = usage
 
     def reserve_guess(self, n_prompt: int) -> None:
-        """The same for a prompt whose size is a guess: never refuses for good; `settle` tells the truth."""
+        """The same for texts whose size is a guess: never refuses for good. They are charged as `read` tells,
+        and `settle` at last."""
         self._reserved = self._account.reserve(0, n_prompt, self._clock())
-        self._usage = Usage((n_prompt,))
 
     def settle(self, usage: Usage | None = None) -> None:
         """The request uses no more: give back what was reserved beyond. `usage` replaces what was counted."""
@@ -79,13 +79,16 @@ class Ticket:
                 n_cached=event.n_cached_tokens,
                 n_completion=event.n_completion_tokens,
             )
-        if (beyond := self._usage.total - self._reserved) > 0:
-            self._charge(beyond)
+        self._charge_beyond()
+
+    def read(self, n_tokens: int) -> None:
+        """Count what was read of texts to embed or to rank, while more of them are to be read."""
+        self._usage.read(n_tokens)
+        self._charge_beyond()
 
     def forgive(self) -> None:
-        """A request that failed before its first token costs nothing."""
-        if not self._usage.begun:
-            self.settle(Usage())
+        """A request failed: it costs what it got, and nothing before its first token."""
+        self.settle(self._usage if self._usage.begun else Usage())
 
     def close(self) -> None:
         """Give back the place and what was not used. Without a call of `enter` before, nothing."""
@@ -130,6 +133,10 @@ class Ticket:
         if at == self._end_at:
             return RequestTooLong(self.policy.total_s or 0)
         return FirstTokenLate(self.policy.ttft_s or 0)
+
+    def _charge_beyond(self) -> None:
+        if (beyond := self._usage.total - self._reserved) > 0:
+            self._charge(beyond)
 
     def _charge(self, n_tokens: int) -> None:
         self._account.charge(n_tokens, self._clock())

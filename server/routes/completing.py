@@ -53,7 +53,8 @@ async def complete(
 
 
 async def _collect(service: Service, body: Any, prepare: Any, ticket: Ticket) -> tuple[Work, list[Collected]]:
-    work = await ticket.in_time(prepare(service.roster, body), is_first=True)
+    roster = service.roster.on_behalf_of(ticket.policy.tenant)
+    work = await ticket.in_time(prepare(roster, body), is_first=True)
     choices = [Collected() for _ in work.requests]
     async with aclosing(service.run(work, ticket)) as events:
         async for index, event in events:
@@ -63,7 +64,8 @@ async def _collect(service: Service, body: Any, prepare: Any, ticket: Ticket) ->
 
 async def _begin(service: Service, body: Any, prepare: Any, ticket: Ticket):
     """Up to the first event, so that errors of the request still have their own status."""
-    work = await ticket.in_time(prepare(service.roster, body), is_first=True)
+    roster = service.roster.on_behalf_of(ticket.policy.tenant)
+    work = await ticket.in_time(prepare(roster, body), is_first=True)
     events = service.run(work, ticket)
     try:
         return work, events, await anext(events)

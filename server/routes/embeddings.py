@@ -1,23 +1,24 @@
 """POST /v1/embeddings."""
 
 import base64
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
+from typing import Any
 
 import numpy as np
 from litestar import Request, post
 from litestar.response.base import ASGIResponse
 
+from engine.request import Pooled
 from server.body import read, unless_gone
+from server.embedding import CHARACTERS_A_TOKEN
 from server.errors import BadRequest
-from server.limits import Usage
-from server.pooling import CHARACTERS_PER_TOKEN, embed
+from server.pooling import embed, embed_here
 from server.routes.completing import json_response
 from server.schema.embedding import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
 from server.schema.refused import REASONS
 from server.service import Service
-
-Vectors = tuple[np.ndarray, int]  # and tokens that were read
+from server.ticket import Ticket
 
 
 @post("/v1/embeddings", status_code=200, tags=["embeddings"])
@@ -28,16 +29,17 @@ async def embeddings(request: Request) -> ASGIResponse:
     texts = _texts(body)
     work = _prepared(service, body, texts)
     ticket = service.admit(request.scope)
-    ticket.reserve_guess(sum(map(len, texts)) // CHARACTERS_PER_TOKEN)
-    vectors, n_tokens = await unless_gone(request, ticket.in_time(work(), is_first=False))
-    ticket.settle(Usage((n_tokens,)))
+    ticket.reserve_guess(sum(map(len, texts)) // CHARACTERS_A_TOKEN)
+    found = await unless_gone(request, work(service, ticket))
     as_base64 = body.encoding_format == "base64"
-    data = [Embedding(index=n, embedding=_encoded(row, as_base64)) for n, row in enumerate(vectors)]
-    usage = EmbeddingUsage(prompt_tokens=n_tokens, total_tokens=n_tokens)
+    data = [Embedding(index=n, embedding=_encoded(row, as_base64)) for n, row in enumerate(found.values)]
+    usage = EmbeddingUsage(prompt_tokens=found.n_tokens, total_tokens=found.n_tokens)
     return json_response(EmbeddingList(data=data, model=body.model, usage=usage))
 
 
-def _prepared(service: Service, body: EmbeddingRequest, texts: list[str]) -> Callable[[], Awaitable[Vectors]]:
+def _prepared(
+    service: Service, body: EmbeddingRequest, texts: list[str]
+) -> Callable[[Service, Ticket], Coroutine[Any, Any, Pooled]]:
     """The work, not begun: by an engine for a model in GGUF, else by the embedder."""
     if service.roster.is_embedding(body.model):
         if body.input_type == "query":
@@ -47,18 +49,13 @@ def _prepared(service: Service, body: EmbeddingRequest, texts: list[str]) -> Cal
                 param="input_type",
                 code="unsupported_value",
             )
-        return partial(_by_engine, service, body, texts)
+        return partial(embed, model=body.model, texts=texts, dimensions=body.dimensions)
     name = service.roster.embedder(body.model)
     if body.dimensions is not None:
         raise BadRequest(
             f"dimensions: {REASONS['dimensions']}", param="dimensions", code="unsupported_parameter"
         )
-    return partial(service.embedders.embed, name, texts, as_queries=body.input_type == "query")
-
-
-async def _by_engine(service: Service, body: EmbeddingRequest, texts: list[str]) -> Vectors:
-    found = await embed(service, body.model, texts, dimensions=body.dimensions)
-    return found.values, found.n_tokens
+    return partial(embed_here, name=name, texts=texts, as_queries=body.input_type == "query")
 
 
 def _texts(body: EmbeddingRequest) -> list[str]:

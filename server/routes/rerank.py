@@ -5,8 +5,8 @@ from litestar import Request, post
 from litestar.response.base import ASGIResponse
 
 from server.body import read, unless_gone
-from server.limits import Usage
-from server.pooling import CHARACTERS_PER_TOKEN, rerank
+from server.embedding import CHARACTERS_A_TOKEN
+from server.pooling import rerank
 from server.routes.completing import json_response
 from server.schema.embedding import EmbeddingUsage
 from server.schema.rerank import Document, RerankList, RerankRequest, RerankResult
@@ -22,10 +22,8 @@ async def rerank_documents(request: Request) -> ASGIResponse:
     service.roster.get(body.model, kind="rerank")
     ticket = service.admit(request.scope)
     n_characters = sum(map(len, texts)) + len(texts) * len(body.query)
-    ticket.reserve_guess(n_characters // CHARACTERS_PER_TOKEN)
-    work = rerank(service, body.model, body.query, texts)
-    scored = await unless_gone(request, ticket.in_time(work, is_first=False))
-    ticket.settle(Usage((scored.n_tokens,)))
+    ticket.reserve_guess(n_characters // CHARACTERS_A_TOKEN)
+    scored = await unless_gone(request, rerank(service, ticket, body.model, body.query, texts))
     results = [
         RerankResult(index=int(index), relevance_score=float(scored.values[index]))
         for index in np.argsort(-scored.values, kind="stable")[: body.top_n]

@@ -155,6 +155,42 @@ def test_shares_count_who_wants_something_now():
     assert (queue.n_waiting(HEAVY), queue.n_waiting(A)) == (1, 0)
 
 
+def full(queue: FairQueue, tenant: Tenant, max_queue: int) -> bool:
+    return queue.is_full_for(tenant, max_queue, n_waiting=len(queue) + 1)
+
+
+def test_a_queue_is_full_for_who_has_its_share_of_it():
+    queue: FairQueue[Asked] = FairQueue()
+    for _ in range(8):
+        assert not full(queue, A, 8)
+        queue.add(Asked(A))
+    assert full(queue, A, 8)
+    for _ in range(6):
+        assert not full(queue, HEAVY, 8)
+        queue.add(Asked(HEAVY))
+    assert full(queue, HEAVY, 8)
+    assert full(queue, A, 8)
+
+
+def test_a_place_is_kept_for_who_has_little_weight_unless_nobody_may_wait():
+    queue: FairQueue[Asked] = FairQueue()
+    light = Tenant("light", weight=0.01)
+    for _ in range(8):
+        queue.add(Asked(HEAVY))
+    assert not full(queue, light, 8)
+    assert full(queue, light, 0)
+    queue.add(Asked(light))
+    assert full(queue, light, 8)
+
+
+def test_nobody_waits_where_places_are_free():
+    queue: FairQueue[Asked] = FairQueue()
+    for _ in range(3):
+        queue.add(Asked(A))
+    assert not queue.is_full_for(A, 0, n_waiting=0)
+    assert queue.is_full_for(A, 0, n_waiting=1)
+
+
 def running(queue: FairQueue, tenant: Tenant, count: int) -> list[Asked]:
     asked = [Asked(tenant) for _ in range(count)]
     for each in asked:

@@ -18,6 +18,8 @@ from engine.request import (
     Pooled,
     PooledRequest,
     QueueFull,
+    Read,
+    Tenant,
 )
 from tests import tiny_models as tiny
 
@@ -60,10 +62,15 @@ def run(loop: PooledLoop, *requests: PooledRequest) -> list:
         loop.submit(number, request)
     found = {}
     while not loop.idle:
-        for id, output in loop.step():
+        for id, output in ends(loop.step()):
             assert id not in found, "one end a request"
             found[id] = output
     return [found[number] for number in range(len(requests))]
+
+
+def ends(outputs: list) -> list:
+    """Outputs without what was only read."""
+    return [(id, output) for id, output in outputs if not isinstance(output, Read)]
 
 
 def values(loop: PooledLoop, *texts: str, query: str | None = None) -> np.ndarray:
@@ -168,7 +175,7 @@ def test_a_short_request_does_not_wait_for_a_long_one(make_loop):
     steps, ended = 0, []
     while not loop.idle:
         steps += 1
-        ended += [(id, steps) for id, _ in loop.step()]
+        ended += [(id, steps) for id, _ in ends(loop.step())]
     assert [id for id, _ in ended] == ["short", "long"]
     assert ended[0][1] == 1
     assert steps > 40
@@ -184,7 +191,7 @@ def test_what_is_cancelled_ends_at_once_and_harms_nobody(make_loop):
     loop.cancel("never was")
     found = {}
     while not loop.idle:
-        found |= dict(loop.step())
+        found |= dict(ends(loop.step()))
     assert list(found) == ["stays"]
     np.testing.assert_allclose(
         found["stays"].values, values(loop, "a dog", "a tree", "the river runs"), atol=5e-5
@@ -240,14 +247,156 @@ def test_a_ranking_needs_a_query(make_loop, query):
 
 
 def test_the_queue_is_bounded(make_loop):
-    loop = make_loop("bert", "mean", max_queue=1)
+    loop = make_loop("bert", "mean", n_parallel=2, max_queue=1)
     request = PooledRequest(("a",))
-    loop.submit(1, request)
-    loop.submit(2, request)
-    with pytest.raises(QueueFull):
+    for number in range(3):  # two in the next call, one behind them
+        loop.submit(number, request)
+    with pytest.raises(QueueFull, match="3 requests are waiting") as caught:
         loop.submit(3, request)
+    assert caught.value.retry_after_s >= 1
     assert len(loop.step()) == 2
     loop.submit(3, request)
+
+
+# Whose texts are in a call
+
+
+FLOOD, GUEST = Tenant("flood"), Tenant("guest")
+
+
+def many(n: int, tenant: Tenant, text: str = "the cat sleeps") -> PooledRequest:
+    return PooledRequest((text,) * n, tenant=tenant)
+
+
+def read_in(loop: PooledLoop, n_steps: int) -> dict:
+    """Tokens that were read in so many steps, by request; none may end meanwhile."""
+    counts: dict = {}
+    for _ in range(n_steps):
+        for id, output in loop.step():
+            assert isinstance(output, Read)
+            counts[id] = counts.get(id, 0) + output.n_tokens
+    return counts
+
+
+def nobody_is_counted_as_running(loop: PooledLoop) -> bool:
+    return all(account.n_running == 0 for account in loop._queue._accounts.values())
+
+
+def test_a_flood_of_one_key_leaves_others_their_share_of_the_queue(make_loop):
+    loop = make_loop("bert", "mean", n_parallel=1, n_batch=16, max_queue=8)
+    for number in range(9):
+        loop.submit(number, many(50, FLOOD))
+    with pytest.raises(QueueFull):
+        loop.submit("one too many", many(1, FLOOD))
+    for number in range(4):
+        loop.submit(f"guest {number}", many(1, GUEST))
+    with pytest.raises(QueueFull):
+        loop.submit("guest, too", many(1, GUEST))
+    ended = []
+    for _ in range(8):
+        ended += [id for id, _ in ends(loop.step())]
+    assert ended == [f"guest {number}" for number in range(4)], "every other text is the guest's"
+
+
+def test_tokens_are_shared_by_weight_whatever_the_number_of_requests_and_lengths_of_texts(make_loop):
+    loop = make_loop("bert", "mean", n_batch=64, n_parallel=16)
+    for number in range(5):
+        loop.submit(f"light {number}", many(200, Tenant("light"), "cat"))
+    loop.submit("heavy", many(400, Tenant("heavy", weight=3), "the cat sleeps " * 5))
+    counts = read_in(loop, 40)
+    light = sum(n_tokens for id, n_tokens in counts.items() if id != "heavy")
+    assert 2.7 < counts["heavy"] / light < 3.3
+    shares = [counts[f"light {number}"] for number in range(5)]
+    assert max(shares) - min(shares) <= 3, "requests of one key take turns"
+
+
+def test_priority_goes_first_and_lower_ones_go_on_after_it(make_loop):
+    loop = make_loop("bert", "mean", n_batch=16, n_parallel=4)
+    loop.submit("low", many(40, FLOOD))
+    loop.step()
+    loop.submit("high", many(20, Tenant("urgent", weight=0.01, priority=1)))
+    seen = [id for _ in range(3) for id, _ in loop.step()]
+    assert set(seen) == {"high"}
+    found = []
+    while not loop.idle:
+        found += [id for id, _ in ends(loop.step())]
+    assert found == ["high", "low"]
+
+
+@pytest.mark.parametrize(("limit", "n_calls"), [(1, 6), (2, 3), (None, 1)])
+def test_no_more_texts_of_a_key_are_in_a_call_than_it_may_run(make_loop, limit, n_calls):
+    loop = make_loop("bert", "mean", n_parallel=8)
+    for number in range(2):
+        loop.submit(number, many(3, Tenant("slow", max_running=limit), "a"))
+    steps = 0
+    while not loop.idle:
+        steps += 1
+        loop.step()
+    assert steps == n_calls
+    assert nobody_is_counted_as_running(loop)
+
+
+def test_a_keys_limit_leaves_the_rest_of_a_call_to_others(make_loop):
+    loop = make_loop("bert", "mean", n_parallel=8)
+    loop.submit("slow", many(5, Tenant("slow", max_running=1), "a"))
+    loop.submit("fast", many(7, GUEST, "a"))
+    assert [id for id, _ in ends(loop.step())] == ["fast"]
+
+
+def test_a_text_that_cannot_be_read_takes_its_requests_others_out_of_the_call_and_of_the_account(make_loop):
+    loop = make_loop("bert", "mean", n_batch=64, n_parallel=8)
+    bad = PooledRequest(("a", "b", "c", "cat " * 95, "d"), tenant=FLOOD)
+    loop.submit("bad", bad)
+    loop.submit("good", many(8, GUEST, "a"))
+    outputs = loop.step()
+    assert [(id, type(output)) for id, output in outputs] == [("bad", InputTooLong), ("good", Pooled)]
+    assert nobody_is_counted_as_running(loop)
+    assert loop.idle
+    assert len(loop._queue) == 0
+
+
+def test_who_goes_away_leaves_nothing_in_the_queue(make_loop):
+    loop = make_loop("bert", "mean", n_batch=16, n_parallel=2, max_queue=0)
+    loop.submit(1, many(50, FLOOD))
+    loop.submit(2, many(50, FLOOD))
+    loop.step()
+    for id in (1, 2):
+        loop.cancel(id)
+    assert loop.idle
+    assert loop.step() == []
+    assert len(loop._queue) == 0
+    assert nobody_is_counted_as_running(loop)
+    loop.submit(3, many(1, FLOOD))
+    assert [id for id, _ in ends(loop.step())] == [3]
+
+
+def test_what_was_read_is_told_after_each_call_and_the_sum_at_the_end(make_loop):
+    loop = make_loop("bert", "mean", n_batch=16, n_parallel=8)
+    loop.submit(1, many(10, GUEST, "a dog"))
+    told = []
+    while not loop.idle:
+        told += [output for _, output in loop.step()]
+    *before, last = told
+    assert all(isinstance(each, Read) and 0 < each.n_tokens <= 16 for each in before)
+    n_before = sum(each.n_tokens for each in before)
+    assert len(before) == 2
+    assert n_before < last.n_tokens == 10 * 4
+    assert loop.counters.prompt_tokens_total == last.n_tokens
+
+
+@pytest.mark.parametrize(("tenant", "field"), [
+    (Tenant("a", weight=0), "tenant weight"),
+    (Tenant("a", weight=float("nan")), "tenant weight"),
+    (Tenant("a", priority=1001), "tenant priority"),
+    (Tenant("a", max_running=0), "tenant max_running"),
+    (Tenant("\ud800"), "tenant name"),
+])  # fmt: skip
+def test_a_tenant_that_is_none_is_refused_by_name(make_loop, tenant, field):
+    loop = make_loop("bert", "mean")
+    with pytest.raises(InvalidRequest) as caught:
+        loop.submit(1, PooledRequest(("a",), tenant=tenant))
+    assert caught.value.field == field
+    assert loop.idle
 
 
 def test_a_call_that_fails_is_split_and_only_the_guilty_request_fails(make_loop, monkeypatch):
@@ -266,6 +415,7 @@ def test_a_call_that_fails_is_split_and_only_the_guilty_request_fails(make_loop,
     assert isinstance(second, DecodeFailed)
     assert (first.values.shape, third.values.shape) == ((2, tiny.WIDTH), (1, tiny.WIDTH))
     assert loop.stats().failed_total == 1
+    assert nobody_is_counted_as_running(loop)
 
 
 def test_values_that_are_no_numbers_fail_the_request(folder):

@@ -3,7 +3,8 @@
 import asyncio
 import os
 import signal
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,11 @@ from engine.request import (
     InputTooLong,
     InvalidRequest,
     ModelLoadFailed,
+    Pooled,
+    PooledRequest,
+    QueueFull,
+    Read,
+    Tenant,
 )
 from tests import tiny_models as tiny
 
@@ -44,6 +50,23 @@ async def running(config: EngineConfig):
         await engine.close()
 
 
+async def pooled(engine: Engine, request: PooledRequest) -> Pooled:
+    """What a request gives at last."""
+    async with aclosing(engine.pool(request)) as events:
+        async for event in events:
+            if isinstance(event, Pooled):
+                return event
+    raise AssertionError("no end")
+
+
+async def embed(engine: Engine, texts: list[str], tenant: Tenant = Tenant()) -> Pooled:  # noqa: B008
+    return await pooled(engine, PooledRequest(tuple(texts), tenant=tenant))
+
+
+async def rerank(engine: Engine, query: str, documents: list[str]) -> Pooled:
+    return await pooled(engine, PooledRequest(tuple(documents), query))
+
+
 async def settled(engine: Engine, **expected: int):
     """Wait until the statistics say so."""
     stats = None
@@ -59,7 +82,9 @@ def test_embeds_in_its_own_process_and_tells_what_it_is(embedding):
     async def main():
         async with running(embedding) as engine:
             assert (engine.info.n_ctx, engine.info.n_embd, engine.info.pooling) == (96, tiny.WIDTH, "mean")
-            several = await asyncio.gather(*(engine.embed(TEXTS) for _ in range(5)), engine.embed(TEXTS[:1]))
+            several = await asyncio.gather(
+                *(embed(engine, TEXTS) for _ in range(5)), embed(engine, TEXTS[:1])
+            )
             assert [len(each.values) for each in several] == [3, 3, 3, 3, 3, 1]
             for each in several:
                 np.testing.assert_allclose(each.values, several[0].values[: len(each.values)], atol=5e-5)
@@ -76,11 +101,11 @@ def test_embeds_in_its_own_process_and_tells_what_it_is(embedding):
 def test_ranks_documents_in_their_order(ranking):
     async def main():
         async with running(ranking) as engine:
-            forth = await engine.rerank("the cat", TEXTS)
-            back = await engine.rerank("the cat", TEXTS[::-1])
+            forth = await rerank(engine, "the cat", TEXTS)
+            back = await rerank(engine, "the cat", TEXTS[::-1])
             assert forth.values.shape == (3,)
             np.testing.assert_allclose(forth.values, back.values[::-1], atol=5e-5)
-            other = await engine.rerank("red river", TEXTS)
+            other = await rerank(engine, "red river", TEXTS)
             assert np.abs(other.values - forth.values).max() > 1e-3
 
     asyncio.run(main())
@@ -90,21 +115,21 @@ def test_a_question_for_another_kind_of_model_is_refused_and_harms_nothing(embed
     async def main():
         async with running(embedding) as engine:
             with pytest.raises(InvalidRequest, match="embeds texts and ranks none"):
-                await engine.rerank("a", TEXTS)
+                await rerank(engine, "a", TEXTS)
             with pytest.raises(InvalidRequest, match="embeds texts and writes none"):
                 await anext(engine.submit(GenerationRequest("a")))
             with pytest.raises(InvalidRequest, match="empty"):
-                await engine.embed([""])
+                await embed(engine, [""])
             with pytest.raises(InputTooLong, match="97 tokens and the model reads 96") as caught:
-                await engine.embed(["a", "cat " * 95])
+                await embed(engine, ["a", "cat " * 95])
             assert caught.value.index == 1
-            assert len((await engine.embed(TEXTS)).values) == 3
+            assert len((await embed(engine, TEXTS)).values) == 3
         async with running(ranking) as engine:
             with pytest.raises(InvalidRequest, match="give a query"):
-                await engine.embed(TEXTS)
+                await embed(engine, TEXTS)
         async with running(EngineConfig(smollm2_gguf, n_ctx=64, n_threads=1)) as engine:
             with pytest.raises(InvalidRequest, match="writes text"):
-                await engine.embed(TEXTS)
+                await embed(engine, TEXTS)
 
     asyncio.run(main())
 
@@ -117,7 +142,7 @@ def test_an_encoder_is_not_loaded_to_write_text(embedding):
 def test_a_caller_that_goes_away_cancels_its_work(embedding):
     async def main():
         async with running(embedding) as engine:
-            task = asyncio.create_task(engine.embed(["the cat sleeps " * 8] * 2000))
+            task = asyncio.create_task(embed(engine, ["the cat sleeps " * 8] * 2000))
             await settled(engine, running=1)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -129,11 +154,46 @@ def test_a_caller_that_goes_away_cancels_its_work(embedding):
     asyncio.run(main())
 
 
+def test_a_flood_of_one_key_is_no_more_than_a_neighbour_to_another(embedding):
+    """Across the process: what the request says on whose behalf it runs reaches the queue."""
+
+    async def main():
+        async with running(replace(embedding, n_parallel=2, max_queue=2)) as engine:
+            flood, guest = Tenant("flood"), Tenant("guest")
+            long = ["the cat sleeps " * 8] * 2000
+            flooding = [asyncio.create_task(embed(engine, long, flood)) for _ in range(4)]
+            await settled(engine, requests_total=4)
+            with pytest.raises(QueueFull):
+                await embed(engine, long, flood)
+            assert len((await embed(engine, TEXTS, guest)).values) == 3
+            assert not any(task.done() for task in flooding)
+            for task in flooding:
+                task.cancel()
+            await asyncio.gather(*flooding, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_what_is_read_is_told_on_the_way(embedding):
+    async def main():
+        async with (
+            running(embedding) as engine,
+            aclosing(engine.pool(PooledRequest(("the cat sleeps " * 8,) * 20))) as events,
+        ):
+            found = [event async for event in events]
+        assert len(found) > 3
+        assert all(isinstance(event, Read) for event in found[:-1])
+        assert isinstance(found[-1], Pooled)
+        assert sum(event.n_tokens for event in found[:-1]) < found[-1].n_tokens
+
+    asyncio.run(main())
+
+
 def test_work_that_outlives_its_process_is_done_by_the_next(embedding):
     async def main():
         async with running(embedding) as engine:
-            before = await engine.embed(TEXTS)
-            task = asyncio.create_task(engine.embed(["the cat sleeps"] * 2000))
+            before = await embed(engine, TEXTS)
+            task = asyncio.create_task(embed(engine, ["the cat sleeps"] * 2000))
             await settled(engine, running=1)
             os.kill(engine.pid or 0, signal.SIGKILL)
             np.testing.assert_allclose((await task).values[0], before.values[0], atol=5e-5)
@@ -144,7 +204,7 @@ def test_work_that_outlives_its_process_is_done_by_the_next(embedding):
 def test_work_whose_process_dies_twice_fails(embedding):
     async def main():
         async with running(embedding) as engine:
-            task = asyncio.create_task(engine.embed(["the cat sleeps " * 8] * 2000))
+            task = asyncio.create_task(embed(engine, ["the cat sleeps " * 8] * 2000))
             for _ in range(2):
                 await settled(engine, running=1)
                 os.kill(engine.pid or 0, signal.SIGKILL)
@@ -152,7 +212,7 @@ def test_work_whose_process_dies_twice_fails(embedding):
                     await asyncio.sleep(0.01)
             with pytest.raises(EngineRestarted):
                 await task
-            assert len((await engine.embed(TEXTS)).values) == 3
+            assert len((await embed(engine, TEXTS)).values) == 3
 
     asyncio.run(main())
 
@@ -160,7 +220,7 @@ def test_work_whose_process_dies_twice_fails(embedding):
 def test_closing_fails_what_runs(embedding):
     async def main():
         engine = await Engine.start(embedding)
-        task = asyncio.create_task(engine.embed(["the cat sleeps " * 8] * 2000))
+        task = asyncio.create_task(embed(engine, ["the cat sleeps " * 8] * 2000))
         await settled(engine, running=1)
         await engine.close()
         with pytest.raises(EngineUnavailable):

@@ -19,6 +19,7 @@ from engine.request import (
     EngineRestarted,
     InputTooLong,
     Pooled,
+    Read,
     TokenLogprob,
 )
 from engine.stats import EngineStats
@@ -114,22 +115,33 @@ class FakeEngine:
         top = tuple((n, b"x", -2.0) for n in range(request.logprobs))
         return (TokenLogprob(1, text.encode(), -0.5, top),)
 
-    async def embed(self, texts):
-        return Pooled(*self._pooled(texts))
-
-    async def rerank(self, query, documents):
-        values, n_tokens = self._pooled([query + document for document in documents])
-        return Pooled(values[:, 0], n_tokens)
+    async def pool(self, request):
+        """One call for the first text, another for the rest."""
+        request.validate()
+        self.requests.append(request)
+        ended = False
+        try:
+            if self.stall:
+                await self.stall.wait()
+            rows, counts = self._pooled([(request.query or "") + text for text in request.inputs])
+            if len(rows) > 1:
+                yield Read(counts[0])
+            if self.pause:
+                await self.pause.wait()
+            ended = True
+            yield Pooled(rows if request.query is None else rows[:, 0], sum(counts))
+        finally:
+            self.cancelled += not ended
 
     def _pooled(self, texts):
-        """Letters, of them `a`, 1, and zeros; a text of more than 20 words is too long."""
+        """Letters, of them `a`, 1, and zeros; and words. A text of more than 20 of them is too long."""
         for index, text in enumerate(texts):
             if len(text.split()) > 20:
                 raise InputTooLong(index, f"{len(text.split())} tokens", "20")
         if self.fails:
             raise self.fails
         rows = np.array([[len(text), text.count("a"), 1, 0, 0, 0, 0, 0] for text in texts], np.float32)
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True), sum(len(text.split()) for text in texts)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True), [len(text.split()) for text in texts]
 
     async def stats(self):
         return EngineStats(1, 2, 4, 100, 50, 10, requests_total=len(self.requests))
@@ -172,17 +184,25 @@ class House:
         engine: FakeEngine,
         retriever: Retriever | None,
         keys: Keys,
+        *,
+        kinds=(),
+        preload=True,
+        engine_options=(),
         **options,
     ) -> None:
         self.engine = engine
+        self.loading: asyncio.Event | None = None  # waited for before an engine is there
         self.embedder = FakeEmbedder()
         self.embedders = EmbedderThread(lambda _: self.embedder, max_queue=settings.embedder.max_queue)
-        config = EngineConfig(Path("/secret/folder/fake.gguf"), n_ctx=4000)
         facts = Facts("fake", "fake 10", n_ctx_train=4000, n_params=10, size_bytes=10)
-        plan = Plan("fake", config, CONTROL, facts, Footprint(10, 20, 30))
-        plans = dict.fromkeys([*settings.models, *settings.assistants], plan)
+        plans = {}
+        for name in [*settings.models, *settings.assistants]:
+            kind = dict(kinds).get(name, "text")
+            file = Path(f"/secret/folder/{'fake' if kind == 'text' else name}.gguf")
+            config = EngineConfig(file, **({"kind": kind, "n_ctx": 4000} | dict(engine_options)))
+            plans[name] = Plan(name, config, CONTROL, facts, Footprint(10, 20, 30), preload=preload)
         retriever = retriever or Retriever(Path("/nonexistent"), self.embedders)
-        fleet = Fleet(members([plan]), self._start, budget_bytes=1000)
+        fleet = Fleet(members(plans.values()), self._start, budget_bytes=1000)
         asyncio.run(fleet.preload())
         roster = Roster(
             settings,
@@ -195,6 +215,8 @@ class House:
         self.app = create_app(self.service)
 
     async def _start(self, _config) -> FakeEngine:
+        if self.loading:
+            await self.loading.wait()
         return self.engine
 
     def client(self, **options) -> httpx.AsyncClient:
@@ -229,19 +251,28 @@ class House:
 def build():
     """A function that builds a House from settings.
 
-    `keys` are (name, key); `key_limits` are fields of [keys.NAME] by name.
+    `keys` are (name, key); `key_limits` are fields of [keys.NAME] by name; `kinds` those of models that
+    write no text; `engine_options` fields of every EngineConfig; without `preload` none is there at first.
     """
     houses = []
 
-    def make(*, keys=(), key_limits=None, retriever=None, clock=time.monotonic, **fields) -> House:
+    def make(
+        *, keys=(), key_limits=None, retriever=None, clock=time.monotonic, kinds=None, preload=True,
+        engine_options=(), **fields,
+    ) -> House:  # fmt: skip
         named = {
             name: Key(key_sha256=sha256(dict(keys)[name].encode()).hexdigest(), **limits)
             for name, limits in (key_limits or {}).items()
         }
-        fields = {"models": {"fake": Model()}, "keys": named} | fields
+        models = {name: Model() for name in ("fake", *(kinds or ()))}
+        fields = {"models": models, "keys": named} | fields
         settings = complete(Settings(**fields), "test")
         accepted = [accept(name, key) for name, key in dict(keys).items()]
-        houses.append(House(settings, FakeEngine(), retriever, Keys(accepted), clock=clock))
+        house = House(
+            settings, FakeEngine(), retriever, Keys(accepted), clock=clock, kinds=kinds or (),
+            preload=preload, engine_options=engine_options,
+        )  # fmt: skip
+        houses.append(house)
         return houses[-1]
 
     yield make

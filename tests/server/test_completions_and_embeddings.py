@@ -127,14 +127,14 @@ def test_a_text_far_too_long_is_refused_before_its_tokens_are_counted(house):
 def test_the_embedding_queue_is_bounded():
     async def crowd():
         thread = EmbedderThread(lambda _: None, max_queue=2)  # type: ignore[arg-type, return-value]
-        jobs = [thread.use("x", lambda _: 1) for _ in range(3)]
+        jobs = [thread.use("x", lambda _: 1) for _ in range(4)]  # one runs, two wait
         found = await asyncio.gather(*jobs, return_exceptions=True)
         await thread.close()
         return found
 
     found = asyncio.run(crowd())
-    assert found[:2] == [1, 1]
-    assert isinstance(found[2], EmbedderBusy)
+    assert found[:3] == [1, 1, 1]
+    assert isinstance(found[3], EmbedderBusy)
 
 
 def test_metrics_count_requests_and_tokens_by_name(house):

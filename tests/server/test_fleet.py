@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.request import EngineConfig, EngineUnavailable, ModelLoadFailed, QueueFull
+from engine.request import EngineConfig, EngineUnavailable, ModelLoadFailed, QueueFull, Tenant
 from server.errors import ModelTooLarge
 from server.fleet import PATIENCE_S, Fleet, Member
 
@@ -70,6 +70,7 @@ class Yard:
         self.log, self.running = [], []
         self.fails: Exception | None = None
         self.budget = budget
+        self.configs = {member.name: member.config for member in members}
         self.sizes = {member.name: member.size_bytes for member in members}
         self.fleet = Fleet(members, self.start, budget_bytes=budget, clock=self.clock)
 
@@ -94,13 +95,13 @@ class Yard:
         return FakeEngine(self, name)
 
     def state(self, name):
-        return self.fleet.standing(config(name)).state
+        return self.standing(name).state
 
     def standing(self, name):
-        return self.fleet.standing(config(name))
+        return self.fleet.standing(self.configs[name])
 
-    def lease(self, name):
-        return self.fleet.lease(config(name))
+    def lease(self, name, tenant=Tenant()):  # noqa: B008
+        return self.fleet.lease(self.configs[name], tenant)
 
 
 def config(name: str, **fields) -> EngineConfig:
@@ -120,14 +121,14 @@ async def settled() -> None:
 class User:
     """A request: holds a lease from when it gets one until `leave`."""
 
-    def __init__(self, yard, name):
-        self.yard, self.name = yard, name
+    def __init__(self, yard, name, tenant=Tenant()):  # noqa: B008
+        self.yard, self.name, self.tenant = yard, name, tenant
         self.engine = None
         self.leaving = asyncio.Event()
         self.task = asyncio.create_task(self._run())
 
     async def _run(self):
-        async with self.yard.lease(self.name) as engine:
+        async with self.yard.lease(self.name, self.tenant) as engine:
             assert engine.alive
             assert not engine.closed
             self.engine = engine
@@ -487,6 +488,80 @@ def test_a_queue_that_is_full_refuses_at_once():
     run(scenario())
 
 
+FLOOD, GUEST = Tenant("flood"), Tenant("guest")
+
+
+def test_a_flood_of_one_key_leaves_others_their_share_of_the_places_to_wait():
+    async def scenario():
+        yard = Yard(Member("a", config("a", n_parallel=2, max_queue=4), 10))
+        yard.loading.clear()
+        flood = [User(yard, "a", FLOOD) for _ in range(6)]
+        await settled()
+        guests = [User(yard, "a", GUEST) for _ in range(2)]
+        await settled()
+        for tenant in (FLOOD, GUEST):
+            with pytest.raises(QueueFull, match="8 requests are waiting"):
+                async with yard.lease("a", tenant):
+                    pass
+        yard.loading.set()
+        await settled()
+        assert all(user.served for user in [*flood, *guests])
+        for user in [*flood, *guests]:
+            await user.leave()
+        await yard.fleet.close()
+
+    run(scenario())
+
+
+def test_who_gives_up_waiting_leaves_its_place_to_its_own_key_and_to_others():
+    async def scenario():
+        yard = Yard(Member("a", config("a", n_parallel=1, max_queue=1), 10))
+        yard.loading.clear()
+        flood = [User(yard, "a", FLOOD) for _ in range(2)]
+        await settled()
+        await flood.pop().cancel()
+        assert yard.standing("a").waiting == 1
+        flood.append(User(yard, "a", FLOOD))
+        await settled()
+        assert yard.standing("a").waiting == 2
+        with pytest.raises(QueueFull):
+            async with yard.lease("a", FLOOD):
+                pass
+        yard.fails = ModelLoadFailed("no such tensor")
+        yard.loading.set()
+        await settled()
+        for user in flood:
+            with pytest.raises(ModelLoadFailed):
+                await user.task
+        assert yard.standing("a").waiting == 0
+        await yard.fleet.close()
+
+    run(scenario())
+
+
+def test_those_that_wait_get_their_engine_in_the_order_of_asking_whatever_their_keys():
+    """In this order the engine, which has the same places, takes them all."""
+
+    async def scenario():
+        yard = Yard(member("a"))
+        yard.loading.clear()
+        order = []
+
+        async def ask(number, tenant):
+            async with yard.lease("a", tenant):
+                order.append(number)
+
+        tenants = [FLOOD, GUEST, FLOOD, FLOOD, GUEST, Tenant("third"), FLOOD]
+        tasks = [asyncio.create_task(ask(number, tenant)) for number, tenant in enumerate(tenants)]
+        await settled()
+        yard.loading.set()
+        await asyncio.gather(*tasks)
+        assert order == list(range(len(tenants)))
+        await yard.fleet.close()
+
+    run(scenario())
+
+
 def test_closing_while_one_loads_leaves_no_process_and_nobody_waiting():
     async def scenario():
         yard = Yard(member("a"), member("b"), member("c", 90))
@@ -598,7 +673,7 @@ async def happen(yard: Yard, users: list[User], chance: random.Random) -> None:
     """One thing, by chance; who leaves or is cancelled is no longer among `users`."""
     match chance.choice(["come"] * 6 + ["leave"] * 6 + ["cancel", "time", "slow", "close", "fail"]):
         case "come":
-            users.append(User(yard, chance.choice("abcde")))
+            users.append(User(yard, chance.choice("abcde"), chance.choice([FLOOD, GUEST])))
         case "leave" if users:
             users[chance.randrange(len(users))].leaving.set()
         case "cancel" if users:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from engine.request import Tenant
 from models.missing import UnknownModel
 from rag import ingest
 from rag.collection import UnknownCollection
@@ -32,13 +33,14 @@ class Shelf:
 
     def __init__(self, passages) -> None:
         self.passages = passages
-        self.asked = []
+        self.asked, self.tenants = [], []
 
-    async def search(self, name, question, *, k):
+    async def search(self, name, question, *, k, tenant):
         if name != "keys":
             raise UnknownCollection(name, ["keys"])
 
         self.asked.append(question)
+        self.tenants.append(tenant)
         return self.passages[:k]
 
 
@@ -111,6 +113,14 @@ def test_a_question_longer_than_the_context_is_refused_with_both_numbers(build, 
     error = house.chat("q" * 9000, collection="keys").json()["error"]
     assert error["code"] == "context_length_exceeded"
     assert (error["n_ctx"], error["n_prompt_tokens"] > 9000) == (4000, True)
+
+
+def test_a_search_waits_in_the_queue_as_the_key_that_asks(build, shelf):
+    house = build(retriever=shelf, keys=[("alice", "key-of-alice")], key_limits={"alice": {"weight": 2}})
+    body = {"model": "fake", "messages": [{"role": "user", "content": "Key?"}], "collection": "keys"}
+    headers = {"authorization": "Bearer key-of-alice"}
+    house.call("POST", "/v1/chat/completions", json=body, headers=headers)
+    assert shelf.tenants == [Tenant("alice", weight=2)]
 
 
 def test_of_a_long_question_the_end_is_searched_for(tmp_path, make_embedder):
