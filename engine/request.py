@@ -310,7 +310,7 @@ class EngineConfig:
     n_parallel: int = 4  # sequences decoded together
     kv_cells: int | None = None  # tokens of all sequences together; None: n_ctx * n_parallel
     n_threads: int | None = None  # None: physical cores that this process may use
-    n_gpu_layers: int | None = None  # None: all, if the build has a GPU backend
+    n_gpu_layers: int | None = None  # the output head is one; None: all, if the build has a GPU backend
     use_mmap: bool | None = None  # weights stay in the file's pages; None: when memory is short (memory.py)
     n_batch: int = 512  # tokens of one prefill chunk
     kv_type_k: KVType = "f16"
@@ -406,6 +406,8 @@ class EngineInfo:
     n_threads: int
     slow_attention: str | None = None  # why llama.cpp's own kernel runs on the CPU; None: ours does
     pooling: Pooling | None = None  # of a model that does not write text
+    n_layers: int = 0  # with the output head, as GPU layers are counted
+    n_gpu_layers: int = 0  # of them, on the GPU
 
 
 @dataclass(frozen=True, slots=True)

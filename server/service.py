@@ -17,6 +17,7 @@ from models.store import Store, UnknownModel
 from rag.errors import RagError
 from server import generate
 from server.auth import Hosts, Keys, read_keys
+from server.budget import budget
 from server.embedding import Embedder, EmbedderThread
 from server.engines import Engine, Start, plan
 from server.errors import ClientGone, Failure, PromptTooLong, ServerError, logged
@@ -145,8 +146,7 @@ async def opened(
     store = store or Store.default()
     machine = machine or this_machine()
     plans = plan(settings, store, machine)
-    budget_bytes = machine.budget(settings.server.memory_budget_mb)
-    fleet = Fleet(members(plans.values()), start or _start_engine, budget_bytes=budget_bytes)
+    fleet = Fleet(members(plans.values()), start or _start_engine, budget=budget(settings, store, machine))
     embedder = _stored_embedder(settings, store)
     embedders = EmbedderThread(
         load_embedder or _embedder_loader(store), max_queue=settings.embedder.max_queue

@@ -22,6 +22,7 @@ from engine.request import (
     TokenLogprob,
 )
 from models.footprint import Footprint
+from models.placement import Bytes
 from server.app import create_app
 from server.auth import Hosts, Keys, accept
 from server.embedding import EmbedderThread
@@ -174,7 +175,7 @@ class House:
         plan = Plan("fake", config, CONTROL, facts, Footprint(10, 20, 30))
         plans = dict.fromkeys([*settings.models, *settings.assistants], plan)
         retriever = retriever or Retriever(Path("/nonexistent"), self.embedders)
-        fleet = Fleet(members([plan]), self._start, budget_bytes=1000)
+        fleet = Fleet(members([plan]), self._start, budget=Bytes(1000))
         asyncio.run(fleet.preload())
         roster = Roster(
             settings,
