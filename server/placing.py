@@ -102,7 +102,8 @@ class Wish:
         kinds: list[KVType] = ["f16", "q8_0"]
         if self._is_free:
             yield from [(self.types(kind), self._layers) for kind in kinds]
-        kinds += ["q4_0"] if self.is_given else []
+        if self.is_given:
+            kinds.append("q4_0")
         for kind in kinds:
             types = self.types(kind)
             yield types, self._most_layers(types, room) if self._is_free else self._layers
