@@ -40,6 +40,7 @@ _SPACE_SPLITTERS = frozenset({"bloom", "gpt3-finnish", "poro-chat", "viking", "w
 _ERROR_LEVELS = (3, 4)  # GGML_LOG_LEVEL_WARN, GGML_LOG_LEVEL_ERROR
 _LOG_LINES_KEPT = 40
 _FLASH_ATTENTION = re.compile(rb"(?i)flash[_ ]att.*\b(enabled|disabled)\b")
+_NO_DEVICES = (ctypes.c_void_p * 1)(None)  # a list of devices that ends at once
 
 
 class DecodeFailed(EngineError):
@@ -139,11 +140,17 @@ class Model(Handle):
     def open(
         cls, path: Path, *, n_gpu_layers: int | None = None, use_mmap: bool = True, vocab_only: bool = False
     ) -> "Model":
-        """Load a GGUF whose header was checked before. Raises ModelLoadFailed with llama.cpp's reason."""
+        """Load a GGUF whose header was checked before. Raises ModelLoadFailed with llama.cpp's reason.
+
+        `n_gpu_layers`: with the output head as one of them; None: all; 0: the GPU is left alone altogether,
+        which without a layer would still compute prompts and take memory for it.
+        """
         _log.start()
         _log.lines.clear()
         parameters = native.llama_model_default_params()
         parameters.n_gpu_layers = 999 if n_gpu_layers is None else n_gpu_layers
+        if n_gpu_layers == 0:
+            parameters.devices = ctypes.cast(_NO_DEVICES, ctypes.c_void_p)  # pyright: ignore[reportAttributeAccessIssue]
         parameters.load_mode = native.LLAMA_LOAD_MODE_MMAP if use_mmap else native.LLAMA_LOAD_MODE_NONE
         parameters.vocab_only = vocab_only
         pointer = native.llama_model_load_from_file(str(path).encode(), parameters)

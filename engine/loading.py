@@ -173,6 +173,8 @@ def decode_tokens(context: Context, token: int, count: int) -> float:
 
 def describe(config: EngineConfig, model: Model, context: Context) -> EngineInfo:
     """What the server wants to know of the loaded model."""
+    gpu, n_layers = offload_device(config), model.n_layer + 1
+    wanted = n_layers if config.n_gpu_layers is None else config.n_gpu_layers
     return EngineInfo(
         n_ctx=config.n_ctx,
         n_parallel=config.n_parallel,
@@ -190,7 +192,7 @@ def describe(config: EngineConfig, model: Model, context: Context) -> EngineInfo
         eos_id=model.eos_id,
         eot_id=model.eot_id,
         add_bos=model.adds_bos,
-        gpu=offload_device(config),
+        gpu=gpu,
         n_threads=context.n_threads,
         slow_attention=slow_attention(config),
         unified=context.unified,
@@ -198,6 +200,8 @@ def describe(config: EngineConfig, model: Model, context: Context) -> EngineInfo
         guesses=guesses(config, context),
         flash_attention=context.flash_attention,
         kernels=own_kernels(config),
+        n_layers=n_layers,
+        n_gpu_layers=min(wanted, n_layers) if gpu else 0,
     )
 
 

@@ -327,7 +327,7 @@ class EngineConfig:
     n_parallel: int = 4  # sequences decoded together
     kv_cells: int | None = None  # tokens of all sequences together; None: n_ctx * n_parallel
     n_threads: int | None = None  # None: physical cores that this process may use
-    n_gpu_layers: int | None = None  # None: all, if the build has a GPU backend
+    n_gpu_layers: int | None = None  # the output head is one; None: all, if the build has a GPU backend
     use_mmap: bool | None = None  # weights stay in the file's pages; None: when memory is short (memory.py)
     n_batch: int = 512  # tokens of one prefill chunk
     kv_type_k: KVType = "f16"
@@ -428,6 +428,8 @@ class EngineInfo:
     guesses: Guesses = "off"
     flash_attention: bool | None = None  # None: llama.cpp did not say
     kernels: tuple[str, ...] = ()  # of our own that the CPU computes with: "attention", "weights"
+    n_layers: int = 0  # with the output head, as GPU layers are counted
+    n_gpu_layers: int = 0  # of them, on the GPU
 
 
 def _is_number(value: Any) -> bool:

@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from models import placement
 from models.gguf import Header, InvalidGGUF, read_header
+from models.placement import Bytes
 from models.tensor_types import TensorType
 
 #: Python and llama.cpp's libraries, and what llama.cpp keeps of each token and its merge. Measured: 82 MB
 #: together with a vocabulary of 49,152.
 PROCESS_BYTES = 64 << 20
 VOCABULARY_BYTES = 400
+#: What CUDA takes of the GPU's memory for itself: context, kernels, cuBLAS and scratch. An estimate.
+DEVICE_BYTES = 640 << 20
 MAX_LAYERS = 1 << 14
 
 
@@ -28,10 +32,16 @@ class Footprint:
     kv_bytes: int
     compute_bytes: int  # at most: the process itself and what it computes in
     cache_bytes: int = 0  # at most: prefixes beside the KV cache
+    device_bytes: int = 0  # of all these, what lies in the GPU's own memory
 
     @property
     def total_bytes(self) -> int:
         return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.cache_bytes
+
+    @property
+    def place(self) -> Bytes:
+        """The same by the memory it lies in."""
+        return Bytes(self.total_bytes - self.device_bytes, self.device_bytes)
 
 
 def footprint(
@@ -42,14 +52,28 @@ def footprint(
     type_k: str = "f16",
     type_v: str = "f16",
     n_batch: int = 512,
+    gpu_layers: int = 0,
 ) -> Footprint:
-    """What a model in these pieces (see `pieces_of`) takes; `n_cells`: tokens of context, all sequences."""
+    """What a model in these pieces (see `pieces_of`) takes; `n_cells`: tokens of context, all sequences.
+
+    `gpu_layers`: so many of its layers are in a GPU's memory, the output head counted as one of them.
+    """
     header = pieces[0]
-    kv = n_cells * kv_bytes_per_cell(header, type_k=type_k, type_v=type_v)
+    gpu_layers = min(gpu_layers, placement.n_layers(header))
+    weights = placement.weights(pieces, gpu_layers)
+    cells = _cell_bytes(header, type_k, type_v)
+    kv = [n_cells * each + n_parallel * _state_bytes(header) for each in cells]
+    compute = compute_bytes(header, n_cells=n_cells, n_parallel=n_parallel, n_batch=n_batch)
+    device = 0
+    if gpu_layers:
+        device = DEVICE_BYTES + _buffers(header, n_cells, n_batch) + 4 * n_vocab(header) * n_parallel
+    if 0 < gpu_layers < placement.n_layers(header):
+        device += 2 * placement.largest_matrix(pieces)
     return Footprint(
-        weights_bytes=sum(piece.tensor_bytes for piece in pieces),
-        kv_bytes=kv + n_parallel * state_bytes(header),
-        compute_bytes=compute_bytes(header, n_cells=n_cells, n_parallel=n_parallel, n_batch=n_batch),
+        weights_bytes=weights.host + weights.device,
+        kv_bytes=sum(kv),
+        compute_bytes=compute + device,
+        device_bytes=weights.device + placement.of_layers(kv, gpu_layers) + device,
     )
 
 
@@ -59,27 +83,45 @@ def kv_bytes_per_cell(header: Header, *, type_k: str = "f16", type_v: str = "f16
     Layers with a sliding window count like the others: the engine keeps all of their tokens. Exact but for
     models that share or compress keys in ways of their own, which take less.
     """
-    heads = _heads_kv(header)
-    key, value = _head_lengths(header)
-    return sum(_row_bytes(n * key, type_k) + _row_bytes(n * value, type_v) for n in heads)
+    return sum(_cell_bytes(header, type_k, type_v))
+
+
+def can_quantize(header: Header) -> bool:
+    """Whether keys and values can be stored in blocks of 32 (q8_0, q4_0): llama.cpp cuts none in two."""
+    return all(length % TensorType.Q8_0.block_elements == 0 for length in _head_lengths(header))
 
 
 def state_bytes(header: Header) -> int:
     """Bytes of recurrent state (Mamba's) that one sequence takes, over all layers; 0 for a transformer."""
+    return _state_bytes(header) * _n_layers(header)
+
+
+def _cell_bytes(header: Header, type_k: str, type_v: str) -> list[int]:
+    """Bytes of one token in each layer."""
+    heads = _heads_kv(header)
+    key, value = _head_lengths(header)
+    return [_row_bytes(n * key, type_k) + _row_bytes(n * value, type_v) for n in heads]
+
+
+def _state_bytes(header: Header) -> int:
+    """Bytes of recurrent state of one sequence in one layer."""
     inner, state = _number(header, "ssm.inner_size", 0), _number(header, "ssm.state_size", 0)
     groups, kernel = _number(header, "ssm.group_count", 0), _number(header, "ssm.conv_kernel", 0)
     convolution = max(0, kernel - 1) * (inner + 2 * groups * state)
-    return 4 * (convolution + inner * state) * _n_layers(header)
+    return 4 * (convolution + inner * state)
 
 
 def compute_bytes(header: Header, *, n_cells: int, n_parallel: int, n_batch: int = 512) -> int:
     """An upper estimate of everything beside weights and KV cache."""
+    vocabulary = n_vocab(header) * (VOCABULARY_BYTES + 4 * n_parallel)  # and its logits
+    return PROCESS_BYTES + _buffers(header, n_cells, n_batch) + vocabulary
+
+
+def _buffers(header: Header, n_cells: int, n_batch: int) -> int:
+    """Bytes of activations and of the mask."""
     width = _number(header, "embedding_length")
     inner = max(_per_layer(header, "feed_forward_length", 0), default=0)
-    activations = 4 * n_batch * (4 * width + 3 * inner)
-    mask = 4 * n_batch * n_cells
-    vocabulary = n_vocab(header) * (VOCABULARY_BYTES + 4 * n_parallel)  # and its logits
-    return PROCESS_BYTES + activations + mask + vocabulary
+    return 4 * n_batch * (4 * width + 3 * inner) + 4 * n_batch * n_cells
 
 
 def n_vocab(header: Header) -> int:

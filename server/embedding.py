@@ -11,12 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from engine.fairness import FairQueue
 from engine.request import EngineUnavailable, Pooled, Read, Tenant
+from models.placement import Bytes
 from server.errors import BadRequest, EmbedderBusy
 
 T = TypeVar("T")
@@ -28,6 +30,18 @@ BATCH = 32
 CHARACTERS_PER_TOKEN = 64
 #: About what English has; how many there are is known when they have been read.
 CHARACTERS_A_TOKEN = 4
+#: What an embedder takes beside its weights: torch, and a part of the weights' size to compute in. Measured
+#: with weights of 91 MB: 460 MB when loaded, 550 MB after 32 texts of 256 tokens.
+TORCH_BYTES = 400 << 20
+TORCH_DEVICE_BYTES = 512 << 20
+COMPUTE_SHARE = 0.5
+
+
+def memory(folder: Path, *, on_gpu: bool) -> Bytes:
+    """What the embedder in a folder takes when it is loaded, an estimate from the sizes of its files."""
+    weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    taken = int(weights * (1 + COMPUTE_SHARE))
+    return Bytes(TORCH_BYTES + taken, TORCH_DEVICE_BYTES + taken if on_gpu else 0)
 
 
 class Embedder(Protocol):

@@ -15,6 +15,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from engine.stats import STALL_BOUNDS_S, EngineStats
+from models.placement import Bytes
 from server.fleet import Standing
 from server.snapshots import Told
 
@@ -58,21 +59,22 @@ TIERS = {
 
 
 class EngineFigures(Collector):
-    """`told`, `budget_bytes` and `held_bytes` are what the next exposition says."""
+    """`told`, `budget` and `held` are what the next exposition says."""
 
     def __init__(self) -> None:
         self.told: Sequence[Told] = ()
-        self.budget_bytes = 0
-        self.held_bytes = 0
+        self.budget = self.held = Bytes(0)
 
     def collect(self) -> Iterator[Metric]:
         """What Prometheus is told."""
-        yield GaugeMetricFamily(
-            "lq_memory_budget_bytes", "What all engines together may take.", value=self.budget_bytes
-        )
-        yield GaugeMetricFamily(
-            "lq_memory_held_bytes", "Estimated, of engines that run, load or end.", value=self.held_bytes
-        )
+        budget, held = "What all engines together may take", "Estimated, of engines that run, load or end"
+        for called, text, value in (
+            ("memory_budget", f"{budget}, of the host's memory.", self.budget.host),
+            ("memory_held", f"{held}, of the host's memory.", self.held.host),
+            ("gpu_memory_budget", f"{budget}, of the GPU's memory.", self.budget.device),
+            ("gpu_memory_held", f"{held}, of the GPU's memory.", self.held.device),
+        ):
+            yield GaugeMetricFamily(f"lq_{called}_bytes", text, value=value)
         yield from self._of_all()
         told = [(each.standing.member.name, each.snapshot) for each in self.told]
         snapshots = [(name, snapshot) for name, snapshot in told if snapshot is not None]
@@ -86,7 +88,8 @@ class EngineFigures(Collector):
             "up": ("1 when the engine's process runs.", lambda each: each.state == "ready"),
             "leases": ("Requests that hold the engine.", lambda each: each.users),
             "load_waiting": ("Requests that wait for the engine to be loaded.", lambda each: each.waiting),
-            "memory_bytes": ("Estimated, once it is loaded.", lambda each: each.member.size_bytes),
+            "memory_bytes": ("Of the host, estimated, once loaded.", lambda each: each.member.size.host),
+            "gpu_memory_bytes": ("Of the GPU, estimated, once loaded.", lambda each: each.member.size.device),
         }
         standings = [each.standing for each in self.told]
         for called, (text, value) in rows.items():

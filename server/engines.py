@@ -33,11 +33,14 @@ from engine.request import (
     Read,
 )
 from engine.stats import EngineStats
-from models.footprint import Footprint, footprint, pieces_of
+from models import placement
+from models.footprint import DEVICE_BYTES, PROCESS_BYTES, Footprint, can_quantize, footprint, pieces_of
 from models.gguf import Header, read_header
 from models.lora_gguf import convert_adapter
+from models.placement import Bytes
 from models.store import Store
-from server import pooled, shape
+from server import placing, pooled, shape
+from server.budget import budget
 from server.errors import ModelTooLarge
 from server.machine import Machine, this_machine
 from server.model_settings import Adapter, seconds
@@ -117,6 +120,8 @@ class Plan:
     keep_alive_s: float | None = None  # without a request; None: until its room is needed
     preload: bool = True
     adapter_scales: Mapping[str, float] = field(default_factory=dict)  # of those that a request may name
+    n_layers: int = 0  # that a GPU could take, the output head being one
+    why_cells: str = ""  # why keys and values are of their type; "": as the operator said
 
 
 def plan(settings: Settings, store: Store, machine: Machine | None = None) -> dict[str, Plan]:
@@ -125,13 +130,13 @@ def plan(settings: Settings, store: Store, machine: Machine | None = None) -> di
     Raises SettingsError for a model that is to be loaded at start and is too large for this machine.
     """
     machine = machine or this_machine()
-    budget_bytes = machine.budget(settings.server.memory_budget_mb)
+    whole = budget(settings, store, machine)
     drafts = _drafts(settings, store)
-    distinct = list(dict.fromkeys(draft.key for draft in drafts.values()))
-    bases = {draft.key: draft.cost(0, draft.model.n_parallel or 1).total_bytes for draft in drafts.values()}
-    rooms = dict(zip(distinct, shape.rooms([bases[key] for key in distinct], budget_bytes), strict=True))
-    plans = {name: draft.plan(rooms[draft.key], machine) for name, draft in drafts.items()}
-    return _timed(plans, drafts, budget_bytes)
+    distinct = list({draft.key: draft for draft in drafts.values()}.values())
+    bases = [draft.base(machine, whole) for draft in distinct]
+    rooms = dict(zip([draft.key for draft in distinct], shape.rooms(bases, whole), strict=True))
+    plans = {name: draft.plan(rooms[draft.key], whole, machine) for name, draft in drafts.items()}
+    return _timed(plans, drafts, whole)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +149,7 @@ class _Draft:
     drafter: tuple[Header, ...]  # of the small model that drafts tokens, if any
     lora: tuple[tuple[Path, float], ...]
     adapters: Mapping[str, tuple[Path, float]]  # by name
-    cache_folder: Path | None
+    cache_root: Path  # of all models
     is_assistants: bool
     kind: Kind = "text"
 
@@ -163,62 +168,139 @@ class _Draft:
     def _adapters(self) -> Iterator[tuple[str, Path]]:
         return ((name, path) for name, (path, _) in self.adapters.items())
 
-    def cost(self, n_cells: int, n_parallel: int, *, n_drafted: int | None = None) -> Footprint:
+    def cost(
+        self,
+        n_cells: int,
+        n_parallel: int,
+        types: placing.Types = ("f16", "f16"),
+        gpu_layers: int = 0,
+        *,
+        n_drafted: int | None = None,
+    ) -> Footprint:
         """What it takes with so many cells for so many sequences; `n_drafted`: cells of the draft model."""
-        model = self.model
         if self.kind != "text":
-            return pooled.cost(self.pieces, n_cells, n_parallel)
+            return pooled.cost(self.pieces, n_cells, n_parallel, gpu_layers)
         own = footprint(
-            self.pieces, n_cells=n_cells, n_parallel=n_parallel,
-            type_k=model.kv_type_k, type_v=model.kv_type_v,
+            self.pieces, n_cells=n_cells, n_parallel=n_parallel, type_k=types[0], type_v=types[1],
+            gpu_layers=gpu_layers,
         )  # fmt: skip
-        adapters = [*self.lora, *self.adapters.values()]
-        weights = own.weights_bytes + sum(path.stat().st_size for path, _ in adapters)
-        kv = own.kv_bytes
-        if self.drafter:
-            draft = footprint(self.drafter, n_cells=n_drafted or n_cells, n_parallel=n_parallel)
+        adapters = sum(path.stat().st_size for path, _ in [*self.lora, *self.adapters.values()])
+        layers = placement.n_layers(self.pieces[0])
+        device = own.device_bytes + adapters * min(gpu_layers, layers) // layers
+        weights, kv, compute = own.weights_bytes + adapters, own.kv_bytes, own.compute_bytes
+        if self.drafter and self.model.speculation != "off":
+            draft = self._drafter_cost(n_drafted or n_cells, n_parallel, gpu_layers)
             weights, kv = weights + draft.weights_bytes, kv + draft.kv_bytes
-        return Footprint(weights, kv, own.compute_bytes, model.cache_ram_mb * 2**20)
+            compute, device = compute + draft.compute_bytes, device + draft.device_bytes
+        return Footprint(weights, kv, compute, self.model.cache_ram_mb * 2**20, device)
 
-    def plan(self, room_bytes: int, machine: Machine) -> Plan:
-        model, facts = self.model, Facts.of(self.pieces)
+    def _drafter_cost(self, n_cells: int, n_parallel: int, gpu_layers: int) -> Footprint:
+        """Of the draft model, which runs in the same process and sees the same number of layers."""
+        found = footprint(self.drafter, n_cells=n_cells, n_parallel=n_parallel, gpu_layers=gpu_layers)
+        shared = DEVICE_BYTES if gpu_layers else 0
+        return replace(
+            found,
+            compute_bytes=found.compute_bytes - PROCESS_BYTES - shared,
+            device_bytes=found.device_bytes - shared,
+        )
+
+    def base(self, machine: Machine, budget: Bytes) -> Bytes:
+        """What it takes without context, with all the layers on the GPU that may and can go there."""
+        given = self.model.gpu_layers
+        layers = self.n_layers if given is None else min(given, self.n_layers)
+        size = self.cost(0, self.model.n_parallel or 1, gpu_layers=layers if machine.on_gpu else 0).place
+        return Bytes(size.host, min(size.device, budget.device)) if given is None else size
+
+    @property
+    def n_layers(self) -> int:
+        return placement.n_layers(self.pieces[0])
+
+    def plan(self, room: Bytes, budget: Bytes, machine: Machine) -> Plan:
+        """What it gets of its room; a context that was given and does not fit there may use all `budget`."""
         if self.kind != "text":
-            config = pooled.config(
-                self.name, self.kind, model, self.pieces, room_bytes=room_bytes, on_gpu=machine.on_gpu
-            )
-            config.validate()
-            return Plan(self.name, config, None, facts, self.cost(config.n_ctx, config.n_parallel))
+            return self._pooled_plan(room, machine)
+        model, facts = self.model, Facts.of(self.pieces)
+        wish = self._wish(machine, facts)
+        placed = wish.place(room) or (wish.place(budget) if wish.is_given else None) or wish.fallback(room)
+
+        def cost(n_cells: int, n_parallel: int, n_drafted: int | None = None) -> Footprint:
+            return self.cost(n_cells, n_parallel, placed.types, placed.gpu_layers, n_drafted=n_drafted)
+
         chosen = shape.choose(
-            self.cost, n_ctx_train=facts.n_ctx_train, room_bytes=room_bytes, n_cores=machine.n_cores,
-            on_gpu=machine.on_gpu and model.gpu_layers != 0,
-            n_ctx=model.n_ctx, n_parallel=model.n_parallel, kv_cells=model.kv_cells,
+            cost, n_ctx_train=facts.n_ctx_train, room=room, n_cores=machine.n_cores,
+            on_gpu=machine.on_gpu and placed.gpu_layers == self.n_layers,
+            n_ctx=model.n_ctx, n_parallel=model.n_parallel, kv_cells=model.kv_cells, least=placed.least,
         )  # fmt: skip
+        config = self._config(chosen, placed, machine)
+        memory = cost(
+            chosen.n_cells, chosen.n_parallel, chosen.n_ctx * chosen.n_parallel
+        )  # a draft model never shares its cells
+        return Plan(
+            self.name, config, control_tokens(self.pieces[0]), facts, memory,
+            adapter_scales={name: scale for name, (_, scale) in self.adapters.items()},
+            n_layers=self.n_layers,
+            why_cells=placed.why if "auto" in (model.kv_type_k, model.kv_type_v) else "",
+        )  # fmt: skip
+
+    def _wish(self, machine: Machine, facts: Facts) -> placing.Wish:
+        model = self.model
+        return placing.Wish(
+            cost=self.cost,
+            n_layers=self.n_layers if machine.on_gpu else 0,
+            gpu_layers=model.gpu_layers,
+            type_k=None if model.kv_type_k == "auto" else model.kv_type_k,
+            type_v=None if model.kv_type_v == "auto" else model.kv_type_v,
+            can_quantize=can_quantize(self.pieces[0]),
+            n_ctx=model.n_ctx,
+            n_ctx_train=facts.n_ctx_train,
+            n_parallel=model.n_parallel,
+            kv_cells=model.kv_cells,
+        )
+
+    def _config(self, chosen: shape.Shape, placed: placing.Placing, machine: Machine) -> EngineConfig:
+        model = self.model
+        type_k, type_v = placed.types
         config = EngineConfig(
             model_path=self.path,
             n_ctx=chosen.n_ctx,
             n_parallel=chosen.n_parallel,
             kv_cells=None if chosen.n_cells == chosen.n_ctx * chosen.n_parallel else chosen.n_cells,
             n_threads=model.threads,
-            n_gpu_layers=model.gpu_layers,
+            n_gpu_layers=placed.gpu_layers if machine.on_gpu else model.gpu_layers,
             use_mmap=model.mmap,
-            kv_type_k=model.kv_type_k,
-            kv_type_v=model.kv_type_v,
+            kv_type_k=type_k,
+            kv_type_v=type_v,
             lora=self.lora,
             adapters=tuple(self._adapters),
             max_queue=model.max_queue,
             max_stall_ms=model.max_stall_ms,
             cache_ram_mb=model.cache_ram_mb,
             cache_disk_mb=model.cache_disk_mb,
-            cache_folder=self.cache_folder,
+            cache_folder=self._cache_folder(placed),
             speculation=model.speculation,
             draft_model=self.drafter[0].path if self.drafter else None,
         )
         config.validate()
-        memory = self.cost(
-            chosen.n_cells, chosen.n_parallel, n_drafted=chosen.n_ctx * chosen.n_parallel
-        )  # a draft model never shares its cells
-        scales = {name: scale for name, (_, scale) in self.adapters.items()}
-        return Plan(self.name, config, control_tokens(self.pieces[0]), facts, memory, adapter_scales=scales)
+        return config
+
+    def _pooled_plan(self, room: Bytes, machine: Machine) -> Plan:
+        config = pooled.config(
+            self.name, self.kind, self.model, self.pieces, room=room, on_gpu=machine.on_gpu
+        )
+        config.validate()
+        layers = config.n_gpu_layers or 0 if machine.on_gpu else 0
+        memory = self.cost(config.n_ctx, config.n_parallel, gpu_layers=layers)
+        return Plan(self.name, config, None, Facts.of(self.pieces), memory, n_layers=self.n_layers)
+
+    def _cache_folder(self, placed: placing.Placing) -> Path | None:
+        """Where its prefixes are kept over restarts: a folder for each thing that they depend on."""
+        if not self.model.cache_disk_mb:
+            return None
+        adapters = [*self.lora, *self.adapters.values()]
+        files = [*(piece.path for piece in self.pieces), *(path for path, _ in adapters)]
+        return self.cache_root / _fingerprint(
+            files, *placed.types, placed.gpu_layers, self.lora, list(self.adapters), _library()
+        )
 
 
 def _drafts(settings: Settings, store: Store) -> dict[str, _Draft]:
@@ -246,13 +328,6 @@ def _draft(
     named = {each: _adapter(entry, path, store) for each, entry in model.adapters.items()}
     drafter = store.resolve_model(model.draft_model) if model.draft_model else None
     pieces = tuple(pieces_of(header))
-    folder = None
-    if model.cache_disk_mb:
-        files = [*(each.path for each in pieces), *(each for each, _ in (*adapters, *named.values()))]
-        mark = _fingerprint(
-            files, model.kv_type_k, model.kv_type_v, model.gpu_layers, adapters, list(named), _library()
-        )
-        folder = store.root / "cache" / "prefixes" / mark
     return _Draft(
         name=name,
         model=model,
@@ -260,29 +335,35 @@ def _draft(
         drafter=tuple(pieces_of(read_header(drafter).require("model"))) if drafter else (),
         lora=adapters,
         adapters=named,
-        cache_folder=folder,
+        cache_root=store.root / "cache" / "prefixes",
         is_assistants=name != model_name,
         kind=kind,
     )
 
 
-def _timed(plans: dict[str, Plan], drafts: Mapping[str, _Draft], budget_bytes: int) -> dict[str, Plan]:
+def kind_of(name: str, model: ModelSettings, store: Store) -> Kind:
+    """What the model of this name is for, as its file says."""
+    header = read_header(store.resolve_model(model.model or name)).require("model")
+    return pooled.kind_of(header, model)
+
+
+def _timed(plans: dict[str, Plan], drafts: Mapping[str, _Draft], budget: Bytes) -> dict[str, Plan]:
     """The same with what is loaded at start and how long each stays.
 
     Of those to be loaded at start, as many as fit together, in the order of the settings.
     """
     is_only = len({plan.config for plan in plans.values()}) == 1
     loaded: set[EngineConfig] = set()
-    left = budget_bytes
+    left = budget
     for plan in plans.values():
         draft = drafts[plan.name]
         wanted = is_only or (bool(draft.model.preload) and not draft.is_assistants)
         if draft.model.preload is False or not wanted or plan.config in loaded:
             continue
-        size = plan.footprint.total_bytes
-        if size > budget_bytes:
-            raise SettingsError(str(ModelTooLarge(plan.name, size, budget_bytes)))
-        if size <= left:
+        size = plan.footprint.place
+        if not size.within(budget):
+            raise SettingsError(str(ModelTooLarge(plan.name, size, budget)))
+        if size.within(left):
             loaded.add(plan.config)
             left -= size
     return {

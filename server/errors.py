@@ -20,6 +20,7 @@ from engine.request import (
     QueueFull,
 )
 from models.errors import ModelsError
+from models.placement import Bytes
 from prompts.errors import PromptError
 from rag.collection import InvalidName, UnknownCollection
 from rag.errors import RagError
@@ -174,11 +175,17 @@ class CollectionUnavailable(ServerError):
 class ModelTooLarge(ServerError):
     """A model whose weights and context are more than all models together may take."""
 
-    def __init__(self, name: str, needed_bytes: int, budget_bytes: int) -> None:
+    def __init__(self, name: str, needed: Bytes, budget: Bytes) -> None:
+        if needed.host > budget.host:
+            sizes, memory, also = (needed.host, budget.host), "memory", ""
+            option = "memory_budget_mb"
+        else:
+            sizes, memory, also = (needed.device, budget.device), "GPU memory", "gpu_layers, "
+            option = "gpu_memory_budget_mb"
         super().__init__(
-            f"the model {name!r} needs {gigabytes(needed_bytes)} of memory and all models together may take "
-            f"{gigabytes(budget_bytes)}: lower its n_ctx, n_parallel or kv_cells, take a smaller file, or "
-            "raise memory_budget_mb under [server] in lq.toml"
+            f"the model {name!r} needs {gigabytes(sizes[0])} of {memory} and all models together may take "
+            f"{gigabytes(sizes[1])}: lower its {also}n_ctx, n_parallel or kv_cells, take a smaller file, or "
+            f"raise {option} under [server] in lq.toml"
         )
 
 

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 
 from engine.fairness import FairQueue
 from engine.request import EngineConfig, EngineUnavailable, QueueFull, Tenant
+from models.placement import Bytes
 from server.engines import Engine, Plan, Start
 from server.errors import ModelTooLarge
 
@@ -56,11 +57,11 @@ class _LoopClock:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """An engine that may run: what it takes, and how long it stays without a request."""
+    """An engine that may run: what it takes of each memory, and how long it stays without a request."""
 
     name: str
     config: EngineConfig
-    size_bytes: int
+    size: Bytes
     keep_alive_s: float | None = None  # None: until its room is needed
     preload: bool = False
 
@@ -75,7 +76,7 @@ def members(plans: Iterable[Plan]) -> list[Member]:
             keep_alive_s = None if endless else max(keep_alive_s or 0.0, known.keep_alive_s or 0.0)
             preload = preload or known.preload
         name = known.name if known else plan.name
-        found[plan.config] = Member(name, plan.config, plan.footprint.total_bytes, keep_alive_s, preload)
+        found[plan.config] = Member(name, plan.config, plan.footprint.place, keep_alive_s, preload)
     return list(found.values())
 
 
@@ -121,8 +122,8 @@ class _Place:
         return self.state == "ready" and not self.users
 
     @property
-    def held_bytes(self) -> int:
-        return 0 if self.state == "unloaded" else self.member.size_bytes
+    def held(self) -> Bytes:
+        return Bytes(0) if self.state == "unloaded" else self.member.size
 
     def is_full_for(self, tenant: Tenant) -> bool:
         """Whether another request of a tenant would be one too many, as the engine itself will see it."""
@@ -138,19 +139,19 @@ class _Place:
 
 
 class Fleet:
-    """Hands out engines and keeps those that run within `budget_bytes` together."""
+    """Hands out engines and keeps those that run within `budget` together, in host memory and on the GPU."""
 
     def __init__(
         self,
         members: Iterable[Member],
         start: Start,
         *,
-        budget_bytes: int,
+        budget: Bytes,
         clock: Clock | None = None,
     ) -> None:
         self._places = {member.config: _Place(member) for member in members}
         self._start = start
-        self.budget_bytes = budget_bytes
+        self.budget = budget
         self._clock = clock or _LoopClock()
         self._timer: Timer | None = None
         self._numbers = itertools.count()
@@ -200,9 +201,9 @@ class Fleet:
         await asyncio.gather(*open_tasks, return_exceptions=True)
 
     @property
-    def held_bytes(self) -> int:
+    def held(self) -> Bytes:
         """Estimated bytes of the engines that run, load or end."""
-        return sum(place.held_bytes for place in self._places.values())
+        return sum((place.held for place in self._places.values()), Bytes(0))
 
     def standing(self, config: EngineConfig) -> Standing:
         """How one is doing now."""
@@ -228,8 +229,8 @@ class Fleet:
         if place.state == "ready" and not place.drains:
             self._seat(place)
             return
-        if place.member.size_bytes > self.budget_bytes:
-            raise ModelTooLarge(place.member.name, place.member.size_bytes, self.budget_bytes)
+        if not place.member.size.within(self.budget):
+            raise ModelTooLarge(place.member.name, place.member.size, self.budget)
         if place.is_full_for(tenant):
             raise QueueFull(len(place.waiting), FULL_RETRY_S)
         if not place.waiting:
@@ -276,32 +277,36 @@ class Fleet:
         """Start what is wanted, in the order of asking; what does not fit yet keeps the rest waiting."""
         wanted = [place for place in self._places.values() if place.state == "unloaded" and place.waiting]
         for place in sorted(wanted, key=lambda each: each.since_s):
-            if place.member.size_bytes <= self.budget_bytes - self.held_bytes:
+            if place.member.size.within(self.budget - self.held):
                 self._begin_loading(place)
                 continue
             is_urgent = now - place.since_s >= PATIENCE_S
-            for victim in self._victims(place.member.size_bytes, or_busy=is_urgent):
+            for victim in self._victims(place.member.size, or_busy=is_urgent):
                 victim.drains = True
                 if victim.idle:
                     self._begin_closing(victim)
             return
 
-    def _victims(self, size_bytes: int, *, or_busy: bool) -> list[_Place]:
+    def _victims(self, size: Bytes, *, or_busy: bool) -> list[_Place]:
         """Engines to end so that this size fits: idle ones, then busy ones, each least recently used first.
 
-        Empty while what may be ended is not enough, or what is ending already is.
+        Only those that hold of a memory that is short. Empty while what may be ended is not enough, or what
+        is ending already is.
         """
-        ending = sum(place.held_bytes for place in self._places.values() if place.state == "closing")
-        room = self.budget_bytes - self.held_bytes + ending
+        ending = sum((place.held for place in self._places.values() if place.state == "closing"), Bytes(0))
+        room = self.budget - self.held + ending
         ready = [place for place in self._places.values() if place.state == "ready"]
         victims = []
         for place in sorted(ready, key=lambda each: (each.users > 0, each.used_s)):
-            if room >= size_bytes:
+            if size.within(room):
                 break
-            if place.idle or or_busy:
+            helps = (size.host > room.host and place.held.host) or (
+                size.device > room.device and place.held.device
+            )
+            if helps and (place.idle or or_busy):
                 victims.append(place)
-                room += place.held_bytes
-        return victims if room >= size_bytes else []
+                room += place.held
+        return victims if size.within(room) else []
 
     def _seat_waiting(self, place: _Place) -> None:
         for turn in place.take_waiting():

@@ -1,4 +1,4 @@
-"""What this machine has for models: memory, cores, whether llama.cpp uses its GPU.
+"""What this machine has for models: memory, cores, and the GPU's memory where llama.cpp uses one.
 
 Asked once at start, without loading llama.cpp into the server's process.
 """
@@ -11,33 +11,45 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from engine.memory import available_memory
+from models.placement import Bytes
 
 #: Of what is free at start, models take so much; the rest is for prompts, documents and other programs.
 SHARE = 0.8
+#: The same of a GPU's memory, which nothing else is there for; the rest is lost between GPUs and layers.
+DEVICE_SHARE = 0.9
 SMI = ("--query-gpu=memory.free", "--format=csv,noheader,nounits")
 SMI_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The memory that models are loaded into is the GPU's when llama.cpp was built for it and finds one."""
+    """`available_bytes` are the host's; `device_bytes` the GPU's, None where llama.cpp has no GPU to use."""
 
     available_bytes: int
     n_cores: int
-    on_gpu: bool = False
+    device_bytes: int | None = None
 
-    def budget(self, memory_budget_mb: float | None) -> int:
-        """Bytes that all models together may take; MiB given by the operator come first."""
-        if memory_budget_mb is not None:
-            return int(memory_budget_mb * 2**20)
-        return int(SHARE * self.available_bytes)
+    @property
+    def on_gpu(self) -> bool:
+        return self.device_bytes is not None
+
+    def budget(self, memory_budget_mb: float | None, gpu_memory_budget_mb: float | None = None) -> Bytes:
+        """What all models together may take; MiB given by the operator come first."""
+        device = self.device_bytes or 0
+        return Bytes(
+            _given(memory_budget_mb, int(SHARE * self.available_bytes)),
+            _given(gpu_memory_budget_mb, int(DEVICE_SHARE * device)) if device else 0,
+        )
+
+
+def _given(mebibytes: float | None, otherwise: int) -> int:
+    return otherwise if mebibytes is None else int(mebibytes * 2**20)
 
 
 def this_machine() -> Machine:
     """As it is now."""
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    vram = free_vram() if built_for_cuda() else None
-    return Machine(vram or available_memory(), n_cores, on_gpu=vram is not None)
+    return Machine(available_memory(), n_cores, free_vram() if built_for_cuda() else None)
 
 
 def built_for_cuda() -> bool:
@@ -45,6 +57,13 @@ def built_for_cuda() -> bool:
     found = find_spec("llama_cpp")
     folder = Path(found.origin).parent / "lib" if found and found.origin else None
     return folder is not None and any(folder.glob("*ggml-cuda*"))
+
+
+def torch_for_cuda() -> bool:
+    """Whether the installed torch, which runs embedders, was built for CUDA, told by its files."""
+    found = find_spec("torch")
+    folder = Path(found.origin).parent / "lib" if found and found.origin else None
+    return folder is not None and any(folder.glob("*torch_cuda*"))
 
 
 def free_vram() -> int | None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from engine.request import Done
+from models.placement import Bytes
 from server.engine_metrics import EngineFigures
 from server.limits import Usage
 from server.snapshots import Told
@@ -50,10 +51,10 @@ class Metrics:
         """Add what an embedding or reranking model has read for one request."""
         self.tokens.labels(model, "prompt").inc(n_tokens)
 
-    def text(self, engines: Sequence[Told], *, budget_bytes: int, held_bytes: int) -> bytes:
+    def text(self, engines: Sequence[Told], *, budget: Bytes, held: Bytes) -> bytes:
         """The exposition format."""
         figures = self._engines
-        figures.told, figures.budget_bytes, figures.held_bytes = engines, budget_bytes, held_bytes
+        figures.told, figures.budget, figures.held = engines, budget, held
         return generate_latest(self.registry)
 
 

@@ -1,6 +1,6 @@
 """[models.NAME] of lq.toml: which model, how it is loaded, how long it stays.
 
-None leaves the choice to server/shape.py, which looks at the model and the machine.
+None leaves the choice to server/shape.py and server/placing.py, which look at the model and the machine.
 """
 
 import re
@@ -37,10 +37,10 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     n_ctx: ContextTokens | None = None  # tokens of one request, answer included
     n_parallel: Annotated[int, Meta(ge=1, le=256)] | None = None  # requests decoded together
     kv_cells: Cells | None = None  # tokens of all requests together
-    kv_type_k: KVType = "f16"
-    kv_type_v: KVType = "f16"
+    kv_type_k: KVType | Literal["auto"] = "auto"  # of keys; auto: f16, or smaller where the context needs it
+    kv_type_v: KVType | Literal["auto"] = "auto"  # of values
     threads: Annotated[int, Meta(ge=1, le=512)] | None = None  # None: physical cores
-    gpu_layers: Count | None = None  # None: all, if there is a GPU
+    gpu_layers: Count | None = None  # the output head is one; None: as many as fit, if there is a GPU
     mmap: bool | None = None  # weights stay in the file's pages; None: when memory is short
     max_queue: Annotated[int, Meta(ge=0, le=2**20)] = 256  # requests that may wait
     max_stall_ms: Annotated[int, Meta(ge=10, le=60_000)] = (

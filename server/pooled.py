@@ -1,12 +1,16 @@
 """Embedding and reranking models: told from a GGUF's header, and what their engine gets of the machine."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from engine.request import EngineConfig, Kind
-from models.footprint import Footprint, footprint, kv_bytes_per_cell
+from models import placement
+from models.footprint import Footprint, footprint
 from models.gguf import Header, InvalidGGUF
+from models.placement import Bytes
 from server.model_settings import Model as ModelSettings
+from server.placing import most_layers
 from server.settings import SettingsError
 
 RANK = 4  # {arch}.pooling_type, as llama.cpp numbers them; 0: none
@@ -24,7 +28,10 @@ N_PARALLEL = 64
 #: Of the room that is there, a call takes so much of its own accord.
 SHARE = 0.5
 #: What makes no sense of a model that writes nothing.
-TEXT_OPTIONS = ("lora", "adapters", "draft_model", "kv_cells")
+TEXT_OPTIONS = (
+    "lora", "adapters", "draft_model", "speculation", "kv_cells", "kv_type_k", "kv_type_v", "max_stall_ms",
+    "cache_ram_mb", "cache_disk_mb",
+)  # fmt: skip
 
 
 def kind_of(header: Header, model: ModelSettings) -> Kind:
@@ -43,16 +50,19 @@ def kind_of(header: Header, model: ModelSettings) -> Kind:
 
 def check(name: str, kind: Kind, model: ModelSettings) -> None:
     """Raise SettingsError for an option that the model would ignore."""
+    plain = ModelSettings()
     for option in TEXT_OPTIONS:
-        if getattr(model, option):
+        if getattr(model, option) != getattr(plain, option):
             does = "ranks documents" if kind == "rerank" else "embeds texts"
-            raise SettingsError(f"models.{name}: it {does}; `{option}` is for models that write text")
+            problem = f"it {does}; `{option}` is for models that write text: leave it out"
+            raise SettingsError(f"models.{name}: {problem}")
     if model.pooling and kind == "rerank":
-        raise SettingsError(f"models.{name}: it ranks documents; `pooling` is for embedding models")
+        problem = "it ranks documents; `pooling` is for embedding models: leave it out"
+        raise SettingsError(f"models.{name}: {problem}")
 
 
 def config(
-    name: str, kind: Kind, model: ModelSettings, pieces: Sequence[Header], *, room_bytes: int, on_gpu: bool
+    name: str, kind: Kind, model: ModelSettings, pieces: Sequence[Header], *, room: Bytes, on_gpu: bool
 ) -> EngineConfig:
     """What its engine is started with; the longest text is chosen from file and memory unless it is given."""
     path: Path = pieces[0].path
@@ -63,7 +73,8 @@ def config(
         )
     n_parallel = model.n_parallel or N_PARALLEL
     n_ctx = model.n_ctx or min(trained, N_CTX)
-    while not model.n_ctx and n_ctx > LEAST_N_CTX and not _fits(pieces, n_ctx, n_parallel, room_bytes):
+    layers = _gpu_layers(pieces, model, n_parallel, room) if on_gpu else 0
+    while not model.n_ctx and n_ctx > LEAST_N_CTX and not _fits(pieces, n_ctx, n_parallel, layers, room):
         n_ctx = max(LEAST_N_CTX, n_ctx // 2)
     return EngineConfig(
         model_path=path,
@@ -73,7 +84,7 @@ def config(
         n_parallel=n_parallel,
         n_batch=N_BATCH if on_gpu else N_BATCH_CPU,
         n_threads=model.threads,
-        n_gpu_layers=model.gpu_layers,
+        n_gpu_layers=layers if on_gpu else model.gpu_layers,
         use_mmap=model.mmap,
         max_queue=model.max_queue,
         cache_ram_mb=0,
@@ -81,18 +92,37 @@ def config(
     )
 
 
-def cost(pieces: Sequence[Header], n_ctx: int, n_parallel: int) -> Footprint:
+def cost(pieces: Sequence[Header], n_ctx: int, n_parallel: int, gpu_layers: int = 0) -> Footprint:
     """What an engine takes that reads texts of so many tokens, at most."""
-    header = pieces[0]
     room = max(n_ctx, N_BATCH, n_parallel)
-    is_encoder = header.hyperparameter("attention.causal") is False
-    n_outputs = room if is_encoder else n_parallel
-    own = footprint(pieces, n_cells=0, n_parallel=n_outputs, n_batch=room)
+    is_encoder = pieces[0].hyperparameter("attention.causal") is False
+    found = footprint(
+        pieces, n_cells=0 if is_encoder else room, n_parallel=room if is_encoder else n_parallel,
+        n_batch=room, gpu_layers=gpu_layers,
+    )  # fmt: skip
     mask = 6 * room * room  # in float32, and once more in 16 bits
-    kv = 0 if is_encoder else room * kv_bytes_per_cell(header)
-    return Footprint(own.weights_bytes, kv, own.compute_bytes + mask)
+    on_gpu = mask if gpu_layers else 0
+    return replace(
+        found,
+        compute_bytes=found.compute_bytes + mask + on_gpu,
+        device_bytes=found.device_bytes + on_gpu,
+    )
 
 
-def _fits(pieces: Sequence[Header], n_ctx: int, n_parallel: int, room_bytes: int) -> bool:
-    found = cost(pieces, n_ctx, n_parallel)
-    return found.total_bytes - found.weights_bytes <= SHARE * (room_bytes - found.weights_bytes)
+def _gpu_layers(pieces: Sequence[Header], model: ModelSettings, n_parallel: int, room: Bytes) -> int:
+    """Those given, or as many as fit beside the shortest call."""
+    n_layers = placement.n_layers(pieces[0])
+    if model.gpu_layers is not None:
+        return min(model.gpu_layers, n_layers)
+
+    def device_bytes(layers: int) -> int:
+        return cost(pieces, model.n_ctx or LEAST_N_CTX, n_parallel, layers).device_bytes
+
+    return most_layers(device_bytes, n_layers, room.device)
+
+
+def _fits(pieces: Sequence[Header], n_ctx: int, n_parallel: int, gpu_layers: int, room: Bytes) -> bool:
+    taken = cost(pieces, n_ctx, n_parallel, gpu_layers).place
+    weights = placement.weights(pieces, gpu_layers)
+    free, used = room - weights, taken - weights
+    return used.host <= SHARE * free.host and (not gpu_layers or used.device <= SHARE * free.device)

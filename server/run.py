@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
+from engine.request import EngineInfo
+from models.placement import Bytes
 from models.store import Store
 from server.app import create_app
 from server.auth import read_keys
@@ -53,7 +55,7 @@ def announce(url: str, service: Service) -> None:
     """What each model got of the machine, what the operator should know, where to ask and how to stop."""
     roster = service.roster
     for name, standing in roster.standings().items():
-        print(share(roster.plans[name], standing, roster.fleet.budget_bytes), flush=True)
+        print(share(roster.plans[name], standing, roster.fleet.budget), flush=True)
     models = roster.models()
     names = ", ".join(model.id for model in models)
     for model in models:
@@ -67,7 +69,7 @@ def announce(url: str, service: Service) -> None:
     print(f"lq serves {names} at {url}/v1 (API: {url}/docs{key}); Ctrl-C stops", flush=True)
 
 
-def share(plan: Plan, standing: Standing, budget_bytes: int) -> str:
+def share(plan: Plan, standing: Standing, budget: Bytes) -> str:
     """What a model got, chosen or given, in one line."""
     config, trained = plan.config, plan.facts.n_ctx_train
     shortened = f" (of {trained})" if trained and config.n_ctx < trained else ""
@@ -76,20 +78,42 @@ def share(plan: Plan, standing: Standing, budget_bytes: int) -> str:
     if config.kv_cells:
         parts.append(f"{config.kv_cells} tokens together")
     info = standing.engine.info if standing.engine else None
-    if config.kv_type_k != "f16":
-        parts.append(f"keys {config.kv_type_k}")
-    if config.kv_type_v != "f16":
-        parts.append(f"values {config.kv_type_v}")
-    if info:
-        parts.append(info.gpu or counted(info.n_threads, "thread"))
+    if config.kind == "text":
+        parts.append(cells(plan))
+    parts += [layers(plan, info)] if layers(plan, info) else []
+    if info and info.n_gpu_layers < max(1, info.n_layers):
+        parts.append(counted(info.n_threads, "thread"))
         if info.slow_attention:
             parts.append(f"llama.cpp's own attention ({info.slow_attention})")
-    parts.append(f"{gigabytes(plan.footprint.total_bytes)} of {gigabytes(budget_bytes)}")
+    parts += memory(plan.footprint.place, budget)
     if not info:
         parts.append("loaded on first use")
     if standing.member.keep_alive_s is not None:
         parts.append(f"unloaded after {standing.member.keep_alive_s:g} s without requests")
     return f"{plan.name}: {', '.join(parts)}"
+
+
+def cells(plan: Plan) -> str:
+    """The type of keys and values, and why it is that one where it was chosen."""
+    k, v = plan.config.kv_type_k, plan.config.kv_type_v
+    types = f"{k} cells" if k == v else f"keys {k}, values {v}"
+    return f"{types} ({plan.why_cells})" if plan.why_cells else types
+
+
+def layers(plan: Plan, info: EngineInfo | None) -> str:
+    """How many layers are on the GPU, or will be; "" without one."""
+    if info:
+        return f"{info.n_gpu_layers} of {info.n_layers} layers on {info.gpu}" if info.gpu else ""
+    count = min(plan.config.n_gpu_layers or 0, plan.n_layers) if plan.footprint.device_bytes else 0
+    return f"{count} of {plan.n_layers} layers on the GPU" if count else ""
+
+
+def memory(taken: Bytes, budget: Bytes) -> list[str]:
+    """What it takes of each memory."""
+    parts = [f"{gigabytes(taken.host)} of {gigabytes(budget.host)}"]
+    if budget.device:
+        parts.append(f"{gigabytes(taken.device)} of {gigabytes(budget.device)} on the GPU")
+    return parts
 
 
 def counted(number: int, noun: str) -> str:

@@ -17,6 +17,7 @@ from models.store import Store, UnknownModel
 from rag.errors import RagError
 from server import generate
 from server.auth import Hosts, Keys, read_keys
+from server.budget import budget
 from server.embedding import Embedder, EmbedderThread
 from server.engines import Start, plan
 from server.errors import ClientGone, Failure, PromptTooLong, ServerError, logged
@@ -111,7 +112,7 @@ class Service:
         """All figures as Prometheus reads them."""
         self.metrics.embedding_jobs.set(self.embedders.waiting)
         engines, fleet = await self.engines(), self.roster.fleet
-        return self.metrics.text(engines, budget_bytes=fleet.budget_bytes, held_bytes=fleet.held_bytes)
+        return self.metrics.text(engines, budget=fleet.budget, held=fleet.held)
 
 
 async def _next(events: AsyncIterator[tuple[int, Event]]) -> tuple[int, Event] | None:
@@ -142,9 +143,8 @@ async def opened(
     store = store or Store.default()
     machine = machine or this_machine()
     plans = plan(settings, store, machine)
-    budget_bytes = machine.budget(settings.server.memory_budget_mb)
     claims = Claims(each.config.cache_folder for each in plans.values() if each.config.cache_folder)
-    fleet = Fleet(members(plans.values()), start or _start_engine, budget_bytes=budget_bytes)
+    fleet = Fleet(members(plans.values()), start or _start_engine, budget=budget(settings, store, machine))
     embedder = _stored_embedder(settings, store)
     embedders = EmbedderThread(
         load_embedder or _embedder_loader(store), max_queue=settings.embedder.max_queue

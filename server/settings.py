@@ -42,6 +42,7 @@ class HTTP(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     prompts: str | None = None  # folder of prompt files, found before the shipped ones
     drain_s: Annotated[float, Meta(ge=0, le=600)] = 5.0  # seconds that running requests get at the end
     memory_budget_mb: Annotated[float, Meta(gt=0, le=2**40)] | None = None  # all models; None: 80 % of free
+    gpu_memory_budget_mb: Annotated[float, Meta(gt=0, le=2**40)] | None = None  # of the GPU's; None: 90 %
 
 
 class Assistant(SamplingFields, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from models.footprint import Footprint
+from models.placement import Bytes
 
 #: Requests decoded together. Each more costs the others little as long as a step is bound by reading weights:
 #: two cores write 1.8 times as much for 8 as for 1 (docs/log.md).
@@ -42,16 +43,20 @@ def choose(
     cost: Cost,
     *,
     n_ctx_train: int | None,
-    room_bytes: int,
+    room: Bytes,
     n_cores: int,
     on_gpu: bool,
     n_ctx: int | None = None,
     n_parallel: int | None = None,
     kv_cells: int | None = None,
+    least: int = LEAST_N_CTX,
 ) -> Shape:
-    """The shape with what is given kept as it is; it may need more than `room_bytes` only because of that."""
+    """The shape with what is given kept as it is; it may need more than `room` only because of that.
+
+    `least`: cells that are taken even where they are more than a share of the room.
+    """
     longest = n_ctx or n_ctx_train or UNKNOWN_N_CTX
-    least = min(longest, LEAST_N_CTX)
+    least = min(longest, least)
     is_given = n_ctx is not None and n_parallel is not None
 
     def cells(count: int) -> int:
@@ -59,7 +64,7 @@ def choose(
             return kv_cells
         wanted = longest * count if is_given else min(longest * count, max(longest, CELLS_EACH * count))
         share = 1.0 if is_given else CONTEXT_SHARE
-        return min(wanted, max(least, fitting(cost, count, room_bytes, share=share)))
+        return min(wanted, max(least, fitting(cost, count, room, share=share)))
 
     parallel = n_parallel or default_parallel(n_cores, on_gpu=on_gpu)
     if n_parallel is None:
@@ -73,11 +78,17 @@ def choose(
     return Shape(chosen, parallel, min(n_cells, chosen * parallel))
 
 
-def fitting(cost: Cost, n_parallel: int, room_bytes: int, *, share: float) -> int:
-    """Cells that cost this share of the room which the rest leaves; below 0 where the rest leaves none."""
-    base = cost(0, n_parallel).total_bytes
-    each = (cost(STEP, n_parallel).total_bytes - base) / STEP
-    return int((room_bytes - base) * share / each)
+def fitting(cost: Cost, n_parallel: int, room: Bytes, *, share: float) -> int:
+    """Cells that cost this share of the room which the rest leaves, in the memory that is the first to fill.
+
+    Below 0 where the rest leaves none.
+    """
+    base = cost(0, n_parallel).place
+    each = cost(STEP, n_parallel).place - base
+    free = room - base
+    found = [STEP * share * free.host / each.host] if each.host else []
+    found += [STEP * share * free.device / each.device] if each.device else []
+    return int(min(found)) if free.host >= 0 <= free.device else -1
 
 
 def default_parallel(n_cores: int, *, on_gpu: bool) -> int:
@@ -87,16 +98,17 @@ def default_parallel(n_cores: int, *, on_gpu: bool) -> int:
     return PARALLEL_CPU if n_cores > 1 else PARALLEL_ONE_CORE
 
 
-def rooms(bases: list[int], budget_bytes: int) -> list[int]:
-    """Bytes that each model may take, given what each takes without context.
+def rooms(bases: list[Bytes], budget: Bytes) -> list[Bytes]:
+    """What each model may take, given what each takes without context.
 
     What the bases leave is shared evenly, so that all can be loaded together. Where the bases alone are too
     much, models take turns anyway, and each may have everything.
     """
-    left = budget_bytes - sum(bases)
-    if left <= 0:
-        return [budget_bytes] * len(bases)
-    return [base + left // len(bases) for base in bases]
+    left = budget - sum(bases, Bytes(0))
+    if left.host <= 0 or left.device < 0:
+        return [budget] * len(bases)
+    count = len(bases)
+    return [base + Bytes(left.host // count, left.device // count) for base in bases]
 
 
 def _rounded(value: int, whole: int) -> int:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from server.settings import Model, Settings
 
 
-CacheType = Literal["f32", "bf16", "f16", "q8_0", "q4_0"]
+CellType = Literal["auto", "f32", "bf16", "f16", "q8_0", "q4_0"]
+#: Options of what a request gets. They are for models that write text; where none does, for the others.
+SHAPE_OPTIONS = ("n_ctx", "n_parallel")
 
 
 def register(app: typer.Typer) -> None:
@@ -67,9 +69,30 @@ def serve(
             help="Tokens of all requests together; by default n_ctx for each, 8192 at most.",
         ),
     ] = None,
-    kv_type_k: Annotated[CacheType | None, typer.Option(help="Type of cached keys; f16 by default.")] = None,
+    kv_type_k: Annotated[
+        CellType | None,
+        typer.Option(
+            help="Type of cached keys; auto by default: f16, or q8_0 where the context does not fit with f16 "
+            "(q4_0 only for a context that was given)."
+        ),
+    ] = None,
     kv_type_v: Annotated[
-        CacheType | None, typer.Option(help="Type of cached values; f16 by default.")
+        CellType | None, typer.Option(help="Type of cached values; auto by default, as for keys.")
+    ] = None,
+    gpu_layers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Layers on the GPU, the output head being one; as many as fit by default, 0: none.",
+        ),
+    ] = None,
+    mmap: Annotated[
+        bool | None,
+        typer.Option(
+            "--mmap/--no-mmap",
+            help="Weights stay in the file's pages; by default when memory is short or a GPU holds them.",
+        ),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="CPU threads; the physical cores by default.")
@@ -80,6 +103,14 @@ def serve(
             metavar="MIB",
             min=1,
             help="Memory of all loaded models together; 80 % of what is free at start by default.",
+        ),
+    ] = None,
+    gpu_memory_budget_mb: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MIB",
+            min=1,
+            help="The same of the GPU's own memory; 90 % of what is free at start by default.",
         ),
     ] = None,
     keep_alive: Annotated[
@@ -95,6 +126,12 @@ def serve(
         typer.Option(
             "--preload/--no-preload",
             help="Load at start; by default what is named here, or the only model. Others load on first use.",
+        ),
+    ] = None,
+    max_queue: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help="Requests of a model that may wait; more get 429; 256 by default."
         ),
     ] = None,
     max_stall_ms: Annotated[
@@ -158,15 +195,17 @@ def serve(
     named = named_models(models or [], lora or [], adapter or [])
     key_file = str(api_key_file) if api_key_file else None
     settings = with_models(
-        settings, named, host=host, port=port, api_key_file=key_file, memory_budget_mb=memory_budget_mb
-    )
-    settings = with_engine_options(
-        settings, n_ctx=n_ctx, n_parallel=n_parallel, kv_cells=kv_cells, kv_type_k=kv_type_k,
-        kv_type_v=kv_type_v, threads=threads, keep_alive=keep_alive, preload=preload,
-        max_stall_ms=max_stall_ms, cache_ram_mb=cache_ram_mb, cache_disk_mb=cache_disk_mb,
-        speculation=speculation, draft_model=draft_model,
+        settings, named, host=host, port=port, api_key_file=key_file, memory_budget_mb=memory_budget_mb,
+        gpu_memory_budget_mb=gpu_memory_budget_mb,
     )  # fmt: skip
-    serve_settings(settings, store=stocked(settings, with_embedder=True))
+    store = stocked(settings, with_embedder=True)
+    settings = with_engine_options(
+        settings, store, n_ctx=n_ctx, n_parallel=n_parallel, kv_cells=kv_cells, kv_type_k=kv_type_k,
+        kv_type_v=kv_type_v, gpu_layers=gpu_layers, mmap=mmap, threads=threads, keep_alive=keep_alive,
+        preload=preload, max_queue=max_queue, max_stall_ms=max_stall_ms, cache_ram_mb=cache_ram_mb,
+        cache_disk_mb=cache_disk_mb, speculation=speculation, draft_model=draft_model,
+    )  # fmt: skip
+    serve_settings(settings, store=store)
 
 
 def named_models(references: list[str], lora: list[str], beside: Sequence[str] = ()) -> dict[str, Model]:
@@ -211,22 +250,39 @@ def name_of(reference: str) -> str:
     return re.sub(r"[^\w.:-]", "-", text).lstrip("-.:") or "model"
 
 
-def with_engine_options(settings: Settings, **options: Any) -> Settings:
-    """The settings with options given (not None) set for every model."""
+def with_engine_options(settings: Settings, store: Store, **options: Any) -> Settings:
+    """The settings with options given (not None) set for every model that has a use for them."""
     import msgspec
 
     from server.settings import Model, SettingsError
 
     given = {name: value for name, value in options.items() if value is not None}
+    wanted = of_each(settings, store, given)
     models = {}
     for name, model in settings.models.items():
         try:
-            models[name] = msgspec.convert(msgspec.to_builtins(model) | given, Model)
+            models[name] = msgspec.convert(msgspec.to_builtins(model) | wanted[name], Model)
         except msgspec.ValidationError as error:
             problem, _, field = str(error).partition(" - at `$.")
             option = f"--{field.rstrip('`').replace('_', '-')}: " if field else ""
             raise SettingsError(f"command line: {option}{problem[:1].lower()}{problem[1:]}") from None
     return msgspec.structs.replace(settings, models=models)
+
+
+def of_each(settings: Settings, store: Store, given: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options for each model. Those of text go to models that write it; where none does, to all of them.
+
+    Files are read only for such options, to know which models write.
+    """
+    from server.engines import kind_of
+    from server.pooled import TEXT_OPTIONS
+
+    models = settings.models
+    for_all = {name: value for name, value in given.items() if name not in (*TEXT_OPTIONS, *SHAPE_OPTIONS)}
+    if for_all == given:
+        return dict.fromkeys(models, given)
+    writing = {name for name, model in models.items() if kind_of(name, model, store) == "text"}
+    return {name: given if name in writing or not writing else for_all for name in models}
 
 
 def stocked(settings: Settings, *, with_embedder: bool) -> Store:

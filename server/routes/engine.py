@@ -32,8 +32,10 @@ async def engines(request: Request) -> ASGIResponse:
     fleet = service.roster.fleet
     listed = EngineList(
         data=[describe(each, service.roster) for each in await service.engines()],
-        memory_budget_bytes=fleet.budget_bytes,
-        memory_held_bytes=fleet.held_bytes,
+        memory_budget_bytes=fleet.budget.host,
+        memory_held_bytes=fleet.held.host,
+        gpu_memory_budget_bytes=fleet.budget.device,
+        gpu_memory_held_bytes=fleet.held.device,
     )
     return json_response(listed)
 
@@ -56,6 +58,11 @@ def describe(told: Told, roster: Roster) -> EngineState:
         kv_cells=0 if config.kind != "text" else config.kv_cells or config.n_ctx * config.n_parallel,
         n_threads=info.n_threads if info else config.n_threads,
         gpu=info.gpu if info else None,
+        n_layers=info.n_layers if info else plan.n_layers,
+        n_gpu_layers=info.n_gpu_layers if info else config.n_gpu_layers,
+        kv_type_k=config.kv_type_k,
+        kv_type_v=config.kv_type_v,
+        kv_type_reason=plan.why_cells or None,
         slow_attention=info.slow_attention if info else None,
         memory=Memory(
             weights_bytes=memory.weights_bytes,
@@ -63,6 +70,7 @@ def describe(told: Told, roster: Roster) -> EngineState:
             compute_bytes=memory.compute_bytes,
             cache_bytes=memory.cache_bytes,
             total_bytes=memory.total_bytes,
+            gpu_bytes=memory.device_bytes,
         ),
         leases=standing.users,
         waiting=standing.waiting,

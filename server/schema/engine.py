@@ -13,6 +13,7 @@ class Memory(msgspec.Struct, kw_only=True):
     compute_bytes: int  # the process and what it computes in, at most
     cache_bytes: int  # prefixes kept beside the KV cache, at most
     total_bytes: int
+    gpu_bytes: int  # of the total, what lies in the GPU's own memory
 
 
 class Slot(msgspec.Struct, kw_only=True):
@@ -70,6 +71,11 @@ class EngineState(msgspec.Struct, kw_only=True):
     kv_cells: int  # tokens of all requests together; 0 for models that write no text
     n_threads: int | None  # null: not loaded yet
     gpu: str | None  # device; null: the CPU, or not loaded yet
+    n_layers: int  # that a GPU can take, the output head being one
+    n_gpu_layers: int | None  # of them, on the GPU; null: not loaded yet, and not chosen before
+    kv_type_k: str  # of keys
+    kv_type_v: str  # of values
+    kv_type_reason: str | None  # why, where it was chosen; null: as configured
     slow_attention: str | None  # why the CPU runs llama.cpp's own attention; null: it runs lq's kernel
     memory: Memory
     leases: int  # requests that hold it
@@ -95,5 +101,7 @@ class EngineList(msgspec.Struct, kw_only=True):
 
     object: Literal["list"] = "list"
     data: list[EngineState]
-    memory_budget_bytes: int  # engines end, longest unused first, before they take more together
+    memory_budget_bytes: int  # of the host; engines end, longest unused first, before they take more together
     memory_held_bytes: int
+    gpu_memory_budget_bytes: int  # the same of the GPU's own memory; 0 without a GPU
+    gpu_memory_held_bytes: int

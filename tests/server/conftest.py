@@ -24,6 +24,7 @@ from engine.request import (
 )
 from engine.stats import EngineStats
 from models.footprint import Footprint
+from models.placement import Bytes
 from server.app import create_app
 from server.auth import Hosts, Keys, accept
 from server.embedding import EmbedderThread
@@ -202,7 +203,7 @@ class House:
             config = EngineConfig(file, **({"kind": kind, "n_ctx": 4000} | dict(engine_options)))
             plans[name] = Plan(name, config, CONTROL, facts, Footprint(10, 20, 30), preload=preload)
         retriever = retriever or Retriever(Path("/nonexistent"), self.embedders)
-        fleet = Fleet(members(plans.values()), self._start, budget_bytes=1000)
+        fleet = Fleet(members(plans.values()), self._start, budget=Bytes(1000))
         asyncio.run(fleet.preload())
         roster = Roster(
             settings,

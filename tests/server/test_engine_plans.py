@@ -12,12 +12,17 @@ from safetensors.numpy import save_file
 from engine import wire
 from engine.stats import EngineStats, SlotStats
 from models.errors import ModelsError
+from models.footprint import PROCESS_BYTES
+from models.placement import Bytes
 from models.store import Store
+from server import embedding
 from server.app import create_app
+from server.budget import budget, embedder_bytes
 from server.engines import plan
 from server.in_process import BASE_URL, InProcess
+from server.machine import Machine
 from server.service import opened
-from server.settings import Adapter, Assistant, Model, Settings, complete
+from server.settings import HTTP, Adapter, Assistant, Embedder, Model, Settings, SettingsError, complete
 
 SMOL = "smollm2-135m-instruct"
 
@@ -252,3 +257,88 @@ def test_saved_prefixes_are_for_the_adapters_that_may_be_named_as_they_are_now(s
     assert before != folder(adapters={"legal": str(adapter)}, gpu_layers=0)
     os.utime(adapter / "adapter_model.safetensors", (1, 1))
     assert before != folder(adapters={"legal": str(adapter)})
+
+
+GB = 10**9
+MIB = 2**20
+
+
+def planned(store: Store, machine: Machine, *, server: HTTP | None = None, **fields):
+    """The plan of SmolLM2 on a machine: 97 MB of weights, 189 MB of cells for its 8192 tokens."""
+    models = {"m": Model(model=SMOL, **fields)}
+    return plan(Settings(server=server or HTTP(), models=models), store, machine)["m"]
+
+
+def test_caches_lie_in_the_hosts_memory_not_in_the_gpus(store):
+    machine = Machine(200 * GB, 8, 80 * GB)
+    found = planned(store, machine, cache_ram_mb=100_000)
+    assert found.footprint.place.host > 100_000 * MIB
+    assert found.footprint.place.device < 10 * GB
+    assert found.config.n_gpu_layers == found.n_layers == 31
+
+
+def test_a_model_larger_than_the_gpu_is_offloaded_in_parts_and_not_refused(store):
+    whole = planned(store, Machine(20 * GB, 8, 80 * GB), n_ctx=8192, n_parallel=1).footprint.device_bytes
+    tight = Machine(20 * GB, 8, int((whole - 80 * MIB) / 0.9))
+    found = planned(store, tight, n_ctx=8192, n_parallel=1)
+    assert (found.config.n_gpu_layers, found.config.kv_type_k) == (31, "q8_0")
+    tighter = Machine(20 * GB, 8, int((whole - 150 * MIB) / 0.9))
+    found = planned(store, tighter, n_ctx=8192, n_parallel=1)
+    assert 0 < found.config.n_gpu_layers < 31
+    assert found.footprint.place.within(tighter.budget(None))
+    assert (found.config.n_ctx, found.config.kv_type_k) == (8192, "f16")
+    none = planned(store, Machine(20 * GB, 8, 100 * MIB), n_ctx=8192, n_parallel=1)
+    assert (none.config.n_gpu_layers, none.footprint.device_bytes) == (0, 0)
+
+
+def test_layers_that_stay_on_the_host_need_no_room_on_the_gpu(store):
+    found = planned(store, Machine(20 * GB, 8, 100 * MIB), gpu_layers=0)
+    assert (found.config.n_gpu_layers, found.footprint.device_bytes) == (0, 0)
+    with pytest.raises(SettingsError, match=r"needs \d\.\d GB of GPU memory .*: lower its gpu_layers"):
+        planned(store, Machine(20 * GB, 8, 100 * MIB), gpu_layers=31)
+    with pytest.raises(SettingsError, match=r"of GPU memory and all models together may take 0\.2 GB"):
+        planned(store, Machine(20 * GB, 8, 80 * GB), server=HTTP(gpu_memory_budget_mb=200), gpu_layers=31)
+
+
+def test_without_a_gpu_the_number_of_layers_is_nobodys_choice(store):
+    assert planned(store, Machine(20 * GB, 8)).config.n_gpu_layers is None
+    assert planned(store, Machine(20 * GB, 8), gpu_layers=5).footprint.device_bytes == 0
+
+
+def test_more_requests_at_once_only_where_all_is_on_the_gpu(store):
+    assert planned(store, Machine(20 * GB, 8, 80 * GB)).config.n_parallel == 32
+    assert planned(store, Machine(20 * GB, 8, 80 * GB), gpu_layers=30).config.n_parallel == 8
+
+
+def test_small_cells_are_chosen_where_the_context_needs_them_and_saved_apart(store):
+    roomy = planned(store, Machine(20 * GB, 2), n_parallel=1, cache_disk_mb=1)
+    assert (roomy.config.kv_type_k, roomy.config.kv_type_v) == ("f16", "f16")
+    tight = planned(store, Machine(int(2.52 * GB), 2), n_parallel=1, cache_ram_mb=900, cache_disk_mb=1)
+    assert (tight.config.kv_type_k, tight.config.kv_type_v, tight.config.n_ctx) == ("q8_0", "q8_0", 8192)
+    assert tight.config.cache_folder != roomy.config.cache_folder
+    given = planned(store, Machine(20 * GB, 2), kv_type_k="q4_0", kv_type_v="bf16")
+    assert (given.config.kv_type_k, given.config.kv_type_v, given.why_cells) == ("q4_0", "bf16", "")
+
+
+def test_a_draft_model_is_counted_with_all_that_it_takes(store):
+    machine = Machine(20 * GB, 2)
+    options = {"n_ctx": 1024, "n_parallel": 2}
+    alone, drafted = (
+        planned(store, machine, **options, **more).footprint for more in ({}, {"draft_model": SMOL})
+    )
+    assert drafted.weights_bytes == 2 * alone.weights_bytes
+    assert drafted.kv_bytes == 2 * alone.kv_bytes
+    assert alone.compute_bytes < drafted.compute_bytes == 2 * alone.compute_bytes - PROCESS_BYTES
+    assert planned(store, machine, **options, draft_model=SMOL, speculation="off").footprint == alone
+
+
+def test_the_embedder_takes_its_part_of_the_budget(store):
+    settings = Settings(embedder=Embedder(model="all-minilm-l6-v2"))
+    taken = embedder_bytes(settings, store, Machine(20 * GB, 2))
+    assert 91_000_000 + 300 * MIB < taken.host < GB
+    assert taken.device == 0
+    assert budget(settings, store, Machine(20 * GB, 2)) == Bytes(16 * GB) - taken
+    assert budget(settings, store, Machine(GB // 10, 2)) == Bytes(0)
+    nowhere = Settings(embedder=Embedder(model="nope"))
+    assert budget(nowhere, store, Machine(20 * GB, 2)) == Bytes(16 * GB)
+    assert embedding.memory(store.resolve_embedder("all-minilm-l6-v2"), on_gpu=True).device > 91_000_000

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.request import EngineConfig, EngineUnavailable, ModelLoadFailed, QueueFull, Tenant
+from models.placement import Bytes
 from server.errors import ModelTooLarge
 from server.fleet import PATIENCE_S, Fleet, Member
 
@@ -62,17 +63,17 @@ class FakeEngine:
 class Yard:
     """A fleet of fake engines. `loading` and `closing` hold starts and ends back while they are clear."""
 
-    def __init__(self, *members: Member, budget: int = 100):
+    def __init__(self, *members: Member, budget: int = 100, device: int = 0):
         self.clock = FakeClock()
         self.loading, self.closing = asyncio.Event(), asyncio.Event()
         self.loading.set()
         self.closing.set()
         self.log, self.running = [], []
         self.fails: Exception | None = None
-        self.budget = budget
+        self.budget = Bytes(budget, device)
         self.configs = {member.name: member.config for member in members}
-        self.sizes = {member.name: member.size_bytes for member in members}
-        self.fleet = Fleet(members, self.start, budget_bytes=budget, clock=self.clock)
+        self.sizes = {member.name: member.size for member in members}
+        self.fleet = Fleet(members, self.start, budget=self.budget, clock=self.clock)
 
     async def until(self, event):
         await asyncio.sleep(0)
@@ -83,7 +84,8 @@ class Yard:
         self.log.append(f"start {name}")
         self.running.append(name)
         assert self.running.count(name) == 1, "two engines of one configuration"
-        assert sum(self.sizes[each] for each in self.running) <= self.budget, "over the budget"
+        taken = sum((self.sizes[each] for each in self.running), Bytes(0))
+        assert taken.within(self.budget), "over the budget"
         try:
             await self.until(self.loading)
             if self.fails:
@@ -108,8 +110,8 @@ def config(name: str, **fields) -> EngineConfig:
     return EngineConfig(Path(name), **fields)
 
 
-def member(name: str, size: int = 40, **fields) -> Member:
-    return Member(name, config(name), size, **fields)
+def member(name: str, size: int = 40, device: int = 0, **fields) -> Member:
+    return Member(name, config(name), Bytes(size, device), **fields)
 
 
 async def settled() -> None:
@@ -182,7 +184,7 @@ def test_nothing_starts_before_somebody_asks_but_what_is_preloaded():
         await yard.fleet.preload()
         assert yard.log == ["start b"]
         assert (yard.state("a"), yard.state("b")) == ("unloaded", "ready")
-        assert yard.fleet.held_bytes == 40
+        assert yard.fleet.held == Bytes(40)
         await yard.fleet.close()
 
     run(scenario())
@@ -291,6 +293,42 @@ def test_what_could_never_fit_is_refused_with_both_numbers_and_costs_nobody_anyt
     run(scenario())
 
 
+def test_too_much_for_the_gpu_is_told_with_its_own_numbers():
+    async def scenario():
+        yard = Yard(member("big", 10, 9_000_000_000), device=2_000_000_000)
+        told = (
+            r"'big' needs 9\.0 GB of GPU memory .* may take 2\.0 GB: lower its gpu_layers.*gpu_memory_budget"
+        )
+        with pytest.raises(ModelTooLarge, match=told):
+            async with yard.lease("big"):
+                pass
+        await yard.fleet.close()
+
+    run(scenario())
+
+
+def test_only_engines_that_hold_of_the_memory_that_is_short_make_room():
+    async def scenario():
+        yard = Yard(
+            member("host", 40),
+            member("gpu", 10, 60),
+            member("other", 10, 60),
+            member("both", 70, 60),
+            device=100,
+        )
+        await User(yard, "host").leave()
+        await yard.clock.advance(1)
+        await User(yard, "gpu").leave()
+        await User(yard, "other").leave()  # the GPU is short, and the longest unused engine is not on it
+        assert yard.log == ["start host", "start gpu", "close gpu", "start other"]
+        await User(yard, "both").leave()
+        assert yard.log[4:] == ["close host", "close other", "start both"]
+        assert yard.fleet.held == Bytes(70, 60)
+        await yard.fleet.close()
+
+    run(scenario())
+
+
 def test_room_that_busy_engines_hold_is_waited_for():
     async def scenario():
         yard = Yard(member("a", 60), member("b", 60))
@@ -391,7 +429,7 @@ def test_a_load_that_fails_fails_those_that_wait_and_the_next_tries_again():
         assert yard.log == ["start a", "gone a"]
         standing = yard.standing("a")
         assert (standing.state, standing.problem, standing.engine) == ("failed", "no such tensor", None)
-        assert yard.fleet.held_bytes == 0
+        assert yard.fleet.held == Bytes(0)
         yard.fails = None
         await User(yard, "a").leave()
         assert (yard.state("a"), yard.standing("a").problem) == ("ready", None)
@@ -469,7 +507,7 @@ def test_one_cancelled_in_the_moment_of_its_turn_gives_its_turn_back():
 
 def test_a_queue_that_is_full_refuses_at_once():
     async def scenario():
-        small = Member("a", config("a", n_parallel=1, max_queue=2), 10)
+        small = Member("a", config("a", n_parallel=1, max_queue=2), Bytes(10))
         yard = Yard(small)
         yard.loading.clear()
 
@@ -641,9 +679,17 @@ def test_whatever_happens_the_budget_holds_and_everybody_is_served(seed):
 
     async def scenario():
         chance = random.Random(seed)
-        sizes = {name: chance.choice([20, 35, 60, 95]) for name in "abcde"}
         yard = Yard(
-            *(member(name, size, keep_alive_s=chance.choice([None, 0, 3])) for name, size in sizes.items())
+            *(
+                member(
+                    name,
+                    chance.choice([20, 35, 60, 95]),
+                    chance.choice([0, 0, 30, 70, 100]),
+                    keep_alive_s=chance.choice([None, 0, 3]),
+                )
+                for name in "abcde"
+            ),
+            device=100,
         )
         users: list[User] = []
         for _ in range(300):

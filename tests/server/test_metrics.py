@@ -125,6 +125,10 @@ def test_memory_and_the_queue_of_a_model_that_loads_are_told(house):
     assert samples(house, "lq_memory_budget_bytes") == {(): 1000}
     assert samples(house, "lq_memory_held_bytes") == {(): 60}
     assert samples(house, "lq_engine_memory_bytes") == {("fake",): 60}
+    assert (
+        samples(house, "lq_gpu_memory_budget_bytes") == samples(house, "lq_gpu_memory_held_bytes") == {(): 0}
+    )
+    assert samples(house, "lq_engine_gpu_memory_bytes") == {("fake",): 0}
     assert samples(house, "lq_engine_load_waiting") == {("fake",): 0}
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from engine.request import EngineRestarted, ModelLoadFailed, QueueFull
+from models import placement
 from models.gguf import InvalidGGUF, read_header
+from models.placement import Bytes
 from models.store import Store
 from server import pooled
 from server.app import create_app
@@ -271,7 +273,13 @@ def nobody(_post, _service, _engines):
     ("embed", {"n_ctx": 97}, "n_ctx is 97, and this model reads texts of 96 tokens"),
     ("embed", {"lora": (Adapter(path=SMOL),)}, "`lora` is for models that write text"),
     ("embed", {"draft_model": SMOL}, "`draft_model` is for models that write text"),
-    ("embed", {"kv_cells": 512}, "`kv_cells` is for models that write text"),
+    ("embed", {"kv_cells": 512}, "`kv_cells` is for models that write text: leave it out"),
+    ("embed", {"cache_ram_mb": 0}, "`cache_ram_mb` is for models that write text: leave it out"),
+    ("rank", {"cache_disk_mb": 9}, "it ranks documents; `cache_disk_mb` is for models that write"),
+    ("embed", {"kv_type_k": "f16"}, "`kv_type_k` is for models that write"),
+    ("rank", {"kv_type_v": "q8_0"}, "`kv_type_v` is for models that write"),
+    ("embed", {"speculation": "off"}, "`speculation` is for models that write"),
+    ("embed", {"max_stall_ms": 100}, "`max_stall_ms` is for models that write"),
     ("rank", {"pooling": "mean"}, "`pooling` is for embedding models"),
 ])  # fmt: skip
 def test_options_that_would_be_ignored_are_refused(served, files, file, options, words):
@@ -317,7 +325,7 @@ def test_the_longest_text_is_chosen_from_file_and_memory(files):
 
     def n_ctx(room_bytes, **options):
         model = Model(**options)
-        return pooled.config("m", "embedding", model, pieces, room_bytes=room_bytes, on_gpu=False).n_ctx
+        return pooled.config("m", "embedding", model, pieces, room=Bytes(room_bytes), on_gpu=False).n_ctx
 
     assert n_ctx(20 * GB) == 96
     pieces[0].metadata["bert.context_length"] = 8192  # pyright: ignore[reportIndexIssue]
@@ -328,3 +336,22 @@ def test_the_longest_text_is_chosen_from_file_and_memory(files):
     assert n_ctx(1) == 256
     sizes = [pooled.cost(pieces, tokens, 64).total_bytes for tokens in (256, 512, 1024, 2048, 8192)]
     assert sizes == sorted(sizes)
+
+
+def test_an_embedding_model_goes_to_the_gpu_as_far_as_it_fits(files):
+    pieces = [read_header(files / "embed.gguf")]
+    every = placement.n_layers(pieces[0])
+
+    def layers(device_bytes: int, **options):
+        room = Bytes(20 * GB, device_bytes)
+        return pooled.config("m", "embedding", Model(**options), pieces, room=room, on_gpu=True).n_gpu_layers
+
+    assert layers(20 * GB) == every
+    assert layers(0) == 0
+    assert layers(20 * GB, gpu_layers=1) == 1
+    assert layers(20 * GB, gpu_layers=99) == every
+    part, whole = (pooled.cost(pieces, 256, 64, count).device_bytes for count in (every - 1, every))
+    assert part < whole
+    assert layers(part) == layers(whole - 1) == every - 1
+    on_host, on_both = (pooled.cost(pieces, 96, 64, count).place for count in (0, every))
+    assert on_host.device == 0 < on_both.device

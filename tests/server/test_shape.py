@@ -2,13 +2,15 @@
 
 import os
 import stat
+from dataclasses import replace
 
 import pytest
 
 from models.footprint import Footprint
+from models.placement import Bytes
 from server import machine
 from server.machine import Machine, built_for_cuda, free_vram, this_machine
-from server.shape import Shape, choose, rooms
+from server.shape import Shape, choose, fitting, rooms
 
 MIB = 2**20
 
@@ -20,7 +22,7 @@ def cost(n_cells: int, n_parallel: int) -> Footprint:
 
 def chosen(room_mib: int, *, n_ctx_train: int | None = 8192, n_cores: int = 2, on_gpu: bool = False, **given):
     return choose(
-        cost, n_ctx_train=n_ctx_train, room_bytes=room_mib * MIB, n_cores=n_cores, on_gpu=on_gpu, **given
+        cost, n_ctx_train=n_ctx_train, room=Bytes(room_mib * MIB), n_cores=n_cores, on_gpu=on_gpu, **given
     )
 
 
@@ -71,16 +73,53 @@ def test_given_numbers_may_use_all_of_the_room_but_never_less_than_one_whole_req
 
 
 def test_models_share_what_their_weights_leave():
-    assert rooms([100, 300], 1000) == [400, 600]
-    assert rooms([100], 1000) == [1000]
-    assert rooms([600, 700], 1000) == [1000, 1000]  # they take turns, so each may have everything
-    assert rooms([], 1000) == []
+    budget = Bytes(1000)
+    assert rooms([Bytes(100), Bytes(300)], budget) == [Bytes(400), Bytes(600)]
+    assert rooms([Bytes(100)], budget) == [budget]
+    assert rooms([Bytes(600), Bytes(700)], budget) == [budget, budget]  # they take turns with everything
+    assert rooms([], budget) == []
+
+
+def test_models_share_what_they_leave_of_each_memory():
+    budget = Bytes(1000, 500)
+    assert rooms([Bytes(100, 100), Bytes(100)], budget) == [Bytes(500, 300), Bytes(500, 200)]
+    assert rooms([Bytes(100, 300), Bytes(100, 300)], budget) == [budget, budget]
+    assert rooms([Bytes(100, 500), Bytes(100)], budget) == [Bytes(500, 500), Bytes(500, 0)]
+
+
+def test_the_memory_that_is_full_first_bounds_the_context():
+    def split(n_cells: int, n_parallel: int) -> Footprint:
+        """Half of the weights and of the tokens on the GPU."""
+        return replace(cost(n_cells, n_parallel), device_bytes=50 * MIB + n_cells * 512)
+
+    def n_cells(host: int, device: int) -> int:
+        return fitting(split, 1, Bytes(host * MIB, device * MIB), share=0.5)
+
+    assert n_cells(51 + 16, 50 + 8) == 8192
+    assert n_cells(51 + 8, 50 + 800) == 8192
+    assert n_cells(51 + 8, 50 + 4) == 4096
+    assert n_cells(51 + 8, 49) < 0
+    assert n_cells(50, 5000) < 0
+
+
+def test_what_is_known_to_fit_may_take_more_than_a_share():
+    assert chosen(110, n_ctx_train=16384).n_ctx < 8192
+    assert chosen(110, n_ctx_train=16384, least=8192) == Shape(8192, 4, 8192)
+    assert chosen(1000, least=8192) == chosen(1000)
 
 
 def test_models_get_four_fifths_of_what_is_free_or_what_the_operator_says():
     here = Machine(1000 * MIB, 2)
-    assert here.budget(None) == 800 * MIB
-    assert here.budget(2000) == 2000 * MIB
+    assert here.budget(None) == Bytes(800 * MIB)
+    assert here.budget(2000) == Bytes(2000 * MIB)
+    assert here.budget(2000, 4000) == Bytes(2000 * MIB)  # there is no GPU
+
+
+def test_a_gpu_has_a_budget_of_its_own():
+    here = Machine(1000 * MIB, 2, 500 * MIB)
+    assert here.on_gpu
+    assert here.budget(None) == Bytes(800 * MIB, 450 * MIB)
+    assert here.budget(100, 300) == Bytes(100 * MIB, 300 * MIB)
 
 
 def test_this_machine_has_memory_and_cores():
@@ -132,9 +171,10 @@ def test_only_gpus_that_the_process_may_use_count(smi, monkeypatch, tmp_path):
 def test_a_gpu_counts_only_when_llama_cpp_was_built_for_it(monkeypatch):
     monkeypatch.setattr(machine, "free_vram", lambda: 5 * MIB)
     monkeypatch.setattr(machine, "built_for_cuda", lambda: False)
-    assert (this_machine().on_gpu, this_machine().available_bytes > 5 * MIB) == (False, True)
+    assert (this_machine().on_gpu, this_machine().device_bytes) == (False, None)
     monkeypatch.setattr(machine, "built_for_cuda", lambda: True)
-    assert (this_machine().on_gpu, this_machine().available_bytes) == (True, 5 * MIB)
+    assert (this_machine().on_gpu, this_machine().device_bytes) == (True, 5 * MIB)
+    assert this_machine().available_bytes > 5 * MIB
 
 
 def test_the_build_is_told_by_its_files(monkeypatch, tmp_path):
