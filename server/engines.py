@@ -260,13 +260,14 @@ class _Draft:
     def _config(self, chosen: shape.Shape, placed: placing.Placing, machine: Machine) -> EngineConfig:
         model = self.model
         type_k, type_v = placed.types
+        gpu_layers = placed.gpu_layers if machine.on_gpu else model.gpu_layers
         config = EngineConfig(
             model_path=self.path,
             n_ctx=chosen.n_ctx,
             n_parallel=chosen.n_parallel,
             kv_cells=None if chosen.n_cells == chosen.n_ctx * chosen.n_parallel else chosen.n_cells,
             n_threads=model.threads,
-            n_gpu_layers=placed.gpu_layers if machine.on_gpu else model.gpu_layers,
+            n_gpu_layers=gpu_layers,
             use_mmap=model.mmap,
             kv_type_k=type_k,
             kv_type_v=type_v,
@@ -276,7 +277,7 @@ class _Draft:
             max_stall_ms=model.max_stall_ms,
             cache_ram_mb=model.cache_ram_mb,
             cache_disk_mb=model.cache_disk_mb,
-            cache_folder=self._cache_folder(placed),
+            cache_folder=self._cache_folder(placed.types, gpu_layers),
             speculation=model.speculation,
             draft_model=self.drafter[0].path if self.drafter else None,
         )
@@ -292,14 +293,14 @@ class _Draft:
         memory = self.cost(config.n_ctx, config.n_parallel, gpu_layers=layers)
         return Plan(self.name, config, None, Facts.of(self.pieces), memory, n_layers=self.n_layers)
 
-    def _cache_folder(self, placed: placing.Placing) -> Path | None:
+    def _cache_folder(self, types: placing.Types, gpu_layers: int | None) -> Path | None:
         """Where its prefixes are kept over restarts: a folder for each thing that they depend on."""
         if not self.model.cache_disk_mb:
             return None
         adapters = [*self.lora, *self.adapters.values()]
         files = [*(piece.path for piece in self.pieces), *(path for path, _ in adapters)]
         return self.cache_root / _fingerprint(
-            files, *placed.types, placed.gpu_layers, self.lora, list(self.adapters), _library()
+            files, *types, gpu_layers, self.lora, list(self.adapters), _library()
         )
 
 

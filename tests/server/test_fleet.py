@@ -531,7 +531,7 @@ FLOOD, GUEST = Tenant("flood"), Tenant("guest")
 
 def test_a_flood_of_one_key_leaves_others_their_share_of_the_places_to_wait():
     async def scenario():
-        yard = Yard(Member("a", config("a", n_parallel=2, max_queue=4), 10))
+        yard = Yard(Member("a", config("a", n_parallel=2, max_queue=4), Bytes(10)))
         yard.loading.clear()
         flood = [User(yard, "a", FLOOD) for _ in range(6)]
         await settled()
@@ -553,7 +553,7 @@ def test_a_flood_of_one_key_leaves_others_their_share_of_the_places_to_wait():
 
 def test_who_gives_up_waiting_leaves_its_place_to_its_own_key_and_to_others():
     async def scenario():
-        yard = Yard(Member("a", config("a", n_parallel=1, max_queue=1), 10))
+        yard = Yard(Member("a", config("a", n_parallel=1, max_queue=1), Bytes(10)))
         yard.loading.clear()
         flood = [User(yard, "a", FLOOD) for _ in range(2)]
         await settled()

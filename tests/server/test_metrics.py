@@ -20,6 +20,9 @@ STATS = EngineStats(
     slots=(SlotStats("writing", 40, 30, (("legal", 0.5),), 1.25), SlotStats("idle", 10)),
 )  # fmt: skip
 
+#: What is told of an engine that is not loaded, too.
+LOADED_OR_NOT = ("up", "leases", "load_waiting", "memory_bytes", "gpu_memory_bytes", "names")
+
 
 def families(house) -> dict:
     return {each.name: each for each in text_string_to_metric_families(house.call("GET", "/metrics").text)}
@@ -117,7 +120,7 @@ def test_an_engine_that_is_down_or_gone_leaves_no_figures(house):
     left = {
         name for name in families(house) if families(house)[name].samples and name.startswith("lq_engine_")
     }
-    assert left == {f"lq_engine_{each}" for each in ("up", "leases", "load_waiting", "memory_bytes", "names")}
+    assert left == {f"lq_engine_{each}" for each in LOADED_OR_NOT}
     assert engine(house)["stats"] is None
 
 
