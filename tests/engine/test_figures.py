@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from engine.figures import Figures
-from engine.pace import Luck, Pace
+from engine.luck import Luck
+from engine.pace import Pace
 from engine.request import Tenant
 from engine.sequence import Sequence
 from engine.stats import COUNTERS, N_STALL_BUCKETS, EngineStats, SlotStats

@@ -16,12 +16,12 @@ from engine.request import (
     Done,
     EngineConfig,
     EngineRestarted,
-    EngineStats,
     EngineUnavailable,
     GenerationRequest,
     ModelLoadFailed,
     Sampling,
 )
+from engine.stats import EngineStats
 
 DONE = Done("length", 1, 1)
 
