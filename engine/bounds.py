@@ -11,6 +11,7 @@ from engine.request import ContextOverflow
 #: about 20.
 CHARACTERS_PER_TOKEN = 64
 LIKELY_CHARACTERS = 8  # for each token: what is longer is tokenised in part first
+COUNTED = 100_000  # characters that are tokenised whatever the context is: they take some 50 ms
 NEAR_A_CUT = 16  # tokens at the end of a part, which may be others in the whole
 
 
@@ -21,8 +22,9 @@ def is_too_long(n_characters: int, n_ctx: int) -> bool:
 
 def tokens_within(tokenize: Callable[[str], list[int]], text: str, n_ctx: int) -> list[int]:
     """The tokens of a text; ContextOverflow, maybe before all were counted, if they are `n_ctx` or more."""
-    if len(text) > LIKELY_CHARACTERS * n_ctx:
-        n_certain = len(tokenize(text[: LIKELY_CHARACTERS * n_ctx])) - NEAR_A_CUT
+    likely = max(COUNTED, LIKELY_CHARACTERS * n_ctx)
+    if len(text) > likely:
+        n_certain = len(tokenize(text[:likely])) - NEAR_A_CUT
         if n_certain >= n_ctx or is_too_long(len(text), n_ctx):
             n_least = max(n_certain, len(text) // CHARACTERS_PER_TOKEN)
             raise ContextOverflow(n_least, n_ctx, at_least=True)

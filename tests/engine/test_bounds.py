@@ -2,7 +2,14 @@
 
 import pytest
 
-from engine.bounds import CHARACTERS_PER_TOKEN, LIKELY_CHARACTERS, NEAR_A_CUT, is_too_long, tokens_within
+from engine.bounds import (
+    CHARACTERS_PER_TOKEN,
+    COUNTED,
+    LIKELY_CHARACTERS,
+    NEAR_A_CUT,
+    is_too_long,
+    tokens_within,
+)
 from engine.request import ContextOverflow
 
 N_CTX = 100
@@ -34,16 +41,22 @@ def test_of_ten_megabytes_only_the_beginning_is_read():
     words = Words()
     with pytest.raises(ContextOverflow, match="at least 163840 tokens") as caught:
         tokens_within(words, "a " * (5 << 20), N_CTX)
-    assert words.n_read == LIKELY_CHARACTERS * N_CTX
+    assert words.n_read == COUNTED
     assert (caught.value.n_prompt_tokens, caught.value.n_ctx, caught.value.at_least) == (163840, 100, True)
 
 
 def test_what_is_said_to_be_there_at_least_is_there():
-    text = "a " * 1000
+    words, n_ctx = Words(), 100_000
     with pytest.raises(ContextOverflow) as caught:
-        tokens_within(Words(), text, N_CTX)
+        tokens_within(words, "a " * 1_000_000, n_ctx)
     assert caught.value.at_least
-    assert N_CTX <= caught.value.n_prompt_tokens == LIKELY_CHARACTERS * N_CTX // 2 - NEAR_A_CUT <= 1000
+    assert words.n_read == LIKELY_CHARACTERS * n_ctx
+    assert caught.value.n_prompt_tokens == LIKELY_CHARACTERS * n_ctx // 2 - NEAR_A_CUT
+
+
+def test_what_is_soon_counted_is_told_exactly_however_small_the_context_is():
+    with pytest.raises(ContextOverflow, match="has 5000 tokens but the context holds 100"):
+        tokens_within(Words(), "word " * 5000, N_CTX)
 
 
 def test_long_words_are_read_to_their_end():
@@ -56,5 +69,6 @@ def test_long_words_are_read_to_their_end():
 def test_no_token_has_more_characters_than_is_thought():
     assert not is_too_long(CHARACTERS_PER_TOKEN * N_CTX, N_CTX)
     assert is_too_long(CHARACTERS_PER_TOKEN * N_CTX + 1, N_CTX)
-    with pytest.raises(ContextOverflow, match="at least 101 tokens"):
-        tokens_within(Words(), "a" * CHARACTERS_PER_TOKEN * 101, N_CTX)
+    n_ctx = 2 * COUNTED
+    with pytest.raises(ContextOverflow, match=f"at least {n_ctx + 1} tokens"):
+        tokens_within(Words(), "a" * CHARACTERS_PER_TOKEN * (n_ctx + 1), n_ctx)
