@@ -30,6 +30,11 @@ class BlackBox:
         struct.pack_into(f"<{len(chosen)}Q", self._memory, _HEAD.size, *chosen)
         _HEAD.pack_into(self._memory, 0, n_notes + 1, len(chosen))
 
+    def tick(self) -> None:
+        """This process gets on with what it was working on."""
+        n_notes, n_ids = _HEAD.unpack_from(self._memory)
+        _HEAD.pack_into(self._memory, 0, n_notes + 1, n_ids)
+
     @property
     def ids(self) -> frozenset[int]:
         """What the last note says."""

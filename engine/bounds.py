@@ -20,6 +20,12 @@ def is_too_long(n_characters: int, n_ctx: int) -> bool:
     return n_characters > CHARACTERS_PER_TOKEN * n_ctx
 
 
+def check_length(text: str, n_ctx: int) -> None:
+    """Raise ContextOverflow for a text that cannot have fewer tokens than `n_ctx`."""
+    if is_too_long(len(text), n_ctx):
+        raise ContextOverflow(len(text) // CHARACTERS_PER_TOKEN, n_ctx, at_least=True)
+
+
 def tokens_within(tokenize: Callable[[str], list[int]], text: str, n_ctx: int) -> list[int]:
     """The tokens of a text; ContextOverflow, maybe before all were counted, if they are `n_ctx` or more."""
     likely = max(COUNTED, LIKELY_CHARACTERS * n_ctx)

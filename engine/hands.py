@@ -30,9 +30,10 @@ class Hands:
         self._applied = list(applied)
         self._in_use: Hashable = ()
 
-    def act(self, actions: Iterable[Action]) -> list[Begin]:
-        """Do these in order; those that did not bring all that a sequence should begin with."""
-        failed: list[Begin] = []
+    def act(self, actions: Iterable[Action]) -> list[Begin | State]:
+        """Do these in order; those that did not bring all that a sequence should begin with, and states
+        that could not be written to disk."""
+        failed: list[Begin | State] = []
         saved: tuple[int, np.ndarray] | None = None  # what was last read of a slot, for several who copy it
         for action in actions:
             match action:
@@ -53,13 +54,20 @@ class Hands:
                 case Drop(slot):
                     self.context.remove(slot)
                     saved = None if saved is not None and saved[0] == slot else saved
-                case Copy(state):
-                    self.states.copy(state)
-                case Demote(state):
-                    self.states.demote(state)
-                case Discard(state):
-                    self.states.discard(state)
+                case Copy() | Demote() | Discard():
+                    failed += self._stow(action)
         return failed
+
+    def _stow(self, action: Copy | Demote | Discard) -> list[State]:
+        """Put away or throw away a state's bytes; the state, if they are lost by that."""
+        match action:
+            case Copy(state):
+                self.states.copy(state)
+            case Demote(state):
+                return [] if self.states.demote(state) else [state]
+            case Discard(state):
+                self.states.discard(state)
+        return []
 
     def use(self, adapters: Hashable) -> None:
         """Apply the adapters of the next call's sequences: (name, scale) each."""

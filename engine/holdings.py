@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from engine.cells import Cells
 from engine.prefix import PrefixTree
 from engine.sequence import Action, Begin, Drop, Save, Sequence, Slot
-from engine.stash import MIN_SAVED, Demote, Discard, Stash, State
+from engine.stash import MIN_SAVED, Demote, Discard, Stash, State, Tier
 from engine.worth import Worth
 
 Source = int | State | None  # a slot, a saved state, or nobody
@@ -104,8 +104,7 @@ class Holdings:
             for each in match.holders
             if isinstance(each, State)
         ]
-        n_new = n_tokens - max((length for length, _ in held), default=0)
-        if n_new < max(MIN_SAVED, n_tokens // 4):
+        if self._n_beyond(index, _is_on_disk) < max(MIN_SAVED, n_tokens // 4):
             return
         state = State(list(slot.tokens), slot.namespace, n_tokens * self.token_bytes, tier="disk")
         self.tree.hold(state, state.tokens, state.namespace)
@@ -148,9 +147,10 @@ class Holdings:
         """Of bringing so many tokens from there, in tokens."""
         if isinstance(holder, State):
             return self.costs.restore if holder.tier == "ram" else self.costs.load
+        n_held = len(self.slots[holder].tokens)
         if self.slots[holder].sequence is None and self._is_taken(holder, length):
-            return 0
-        return self.costs.copy + int(self.costs.copied * len(self.slots[holder].tokens))
+            return 0 if 2 * length >= n_held else self._n_lost_more(holder, length)
+        return self.costs.copy + int(self.costs.copied * n_held)
 
     def begin(self, sequence: Sequence, source: Source, length: int, actions: list[Action]) -> None:
         """Let a sequence's slot hold what it is given, and nothing else."""
@@ -275,11 +275,9 @@ class Holdings:
             n_lost = min(n_lost, self.costs.restore + copied)
         return n_lost if self.cells is None else n_lost / max(1, self.cells.n_alone({index}))
 
-    def _cost(self, state: State) -> int:
-        """Tokens that would have to be computed again without a state; after a crash, if it is on disk."""
-        if state.tier == "ram":
-            return self._n_alone(state)
-        return self._n_beyond(state, lambda other: isinstance(other, State) and "disk" in other.tiers)
+    def _cost(self, state: State, tier: Tier) -> int:
+        """Tokens that would have to be computed again without a state; for the disk, after a crash."""
+        return self._n_alone(state) if tier == "ram" else self._n_beyond(state, _is_on_disk)
 
     def _n_alone(self, holder: int | State) -> int:
         """Tokens that would have to be computed again if what this one holds were lost."""
@@ -334,6 +332,14 @@ class Holdings:
         """Whether an idle slot is taken itself and not copied: it loses no more than half, or cannot be."""
         return 2 * length >= len(self.slots[index].tokens) or not self._can_copy(index, length)
 
+    def _n_lost_more(self, index: int, length: int) -> int:
+        """Tokens lost if an idle slot is cut to `length`, beyond those lost if another idle one is taken."""
+        free = [each for each, slot in enumerate(self.slots) if slot.sequence is None and each != index]
+        if not free:
+            return 0
+        n_lost = min(len(self.slots[index].tokens) - length, self._n_alone(index))
+        return max(0, n_lost - min(self._n_alone(each) for each in free))
+
     def _target(self, free: list[int], source: Source, length: int) -> int:
         """The idle slot that holds most of it already, else an empty one, else the least worthy.
 
@@ -351,3 +357,7 @@ class Holdings:
         target = self._worth.least(others, self._rate)
         assert target is not None, "somebody asked for a slot without there being one"
         return target
+
+
+def _is_on_disk(holder: int | State) -> bool:
+    return isinstance(holder, State) and "disk" in holder.tiers

@@ -3,6 +3,7 @@
 What was not configured is chosen here, or measured: a few calls tell how long calls take.
 """
 
+import glob
 import hashlib
 import re
 import time
@@ -121,8 +122,8 @@ def fingerprint(config: EngineConfig) -> str:
 
 def pieces(path: Path) -> list[Path]:
     """All files of a model of which this is the first: NAME-00001-of-00003.gguf has two more beside it."""
-    name = re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-?????\1", path.name)
-    return [path] if name == path.name else sorted(path.parent.glob(name))
+    found = re.fullmatch(r"(.*)-\d{5}(-of-\d{5}\.gguf)", path.name)
+    return sorted(path.parent.glob(f"{glob.escape(found[1])}-?????{found[2]}")) if found else [path]
 
 
 def offload_device(config: EngineConfig) -> str | None:

@@ -91,6 +91,7 @@ class Loop:
         )
         #: Told the ids of the requests that are worked on next, before it is done.
         self.note: Callable[[Iterable[Any]], None] = lambda _: None
+        self.gets_on: Callable[[], None] = lambda: None  # told while it closes
         self._writing: dict[Hashable, Writing] = {}
         self._act(self.scheduler.adopt(self.hands.states.found()))
 
@@ -175,7 +176,7 @@ class Loop:
             self._end(writing)
         for action in self.scheduler.retire():
             self._act([action])
-            self.note(())  # each is progress, for which the client waits
+            self.gets_on()  # for which the client waits
 
     def check_tokens(self, tokens: Iterable[int], *, field: str) -> None:
         """Raise InvalidRequest for a token that the vocabulary does not have; native code would abort."""
@@ -218,8 +219,8 @@ class Loop:
 
     def _act(self, actions: Iterable[Action]) -> None:
         """Bring native memory to what the scheduler decided; what could not be brought is computed."""
-        for begin in self.hands.act(actions):
-            self._act(self.scheduler.lost(begin))
+        for what in self.hands.act(actions):
+            self._act(self.scheduler.lost(what))
 
     # A call
 

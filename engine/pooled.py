@@ -6,6 +6,7 @@ turn it is says the fair queue (fairness.py), in which a request stands again an
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
@@ -163,10 +164,12 @@ class PooledLoop:
         """A snapshot; counters since this loop was made."""
         n_cells = self.context.n_ctx if self.context.memory else 0
         begun = sum(job.n_taken > 0 for job in self._jobs.values())
+        waiting = Counter(job.tenant.priority for job in self._jobs.values() if not job.n_taken)
         counted = {item.name: getattr(self.counters, item.name) for item in fields(Counters)}
         return EngineStats(
             running=begun,
             waiting=len(self._jobs) - begun,
+            waiting_by_priority=tuple(sorted(waiting.items(), reverse=True)),
             n_slots=self.n_parallel,
             kv_cells_total=n_cells,
             kv_cells_used=0,  # between two calls none is

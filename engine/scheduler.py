@@ -165,15 +165,19 @@ class Scheduler:
         sequence.tokens.append(token)
         return sequence.n_written < sequence.max_tokens
 
-    def lost(self, begin: Begin) -> list[Action]:
-        """What a sequence should have begun with did not come: all is to be computed.
+    def lost(self, what: Begin | State) -> list[Action]:
+        """A state is gone, or what a sequence should have begun with did not come: all is to be computed.
 
         A state that did not come never will: while it is believed in, nobody saves these tokens again.
         """
         actions: list[Action] = []
+        state = what.source if isinstance(what, Begin) else what
+        if isinstance(state, State):
+            self.held.discard(state, actions)
+        return self._begin_anew(what, actions) if isinstance(what, Begin) else actions
+
+    def _begin_anew(self, begin: Begin, actions: list[Action]) -> list[Action]:
         sequence = begin.sequence
-        if isinstance(begin.source, State):
-            self.held.discard(begin.source, actions)
         if sequence.slot == begin.slot:  # else it has made way meanwhile, and begins anew later
             self.held.drop(begin.slot, actions)
             sequence.n_computed = 0

@@ -62,8 +62,8 @@ class Discard:
 class Stash:
     """The states and their bytes.
 
-    `cost` tells how many tokens would have to be computed again if a state were lost, `forget` is told of
-    those that are thrown away, before the next cost is asked for.
+    `cost` tells how many tokens would have to be computed again if a state were lost: from memory now, from
+    disk after a crash. `forget` is told of those that are thrown away, before the next cost is asked for.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Stash:
         *,
         ram_bytes: int,
         disk_bytes: int = 0,
-        cost: Callable[[State], int],
+        cost: Callable[[State, Tier], int],
         forget: Callable[[State], object],
     ) -> None:
         self.budgets: dict[Tier, int] = {"ram": ram_bytes, "disk": disk_bytes}
@@ -110,10 +110,14 @@ class Stash:
         """
         copied = sum(state.size_bytes for state in self.states if state.copied)
         room = self.budgets["disk"] - copied
-        wanted = [each for each in self._of("ram") if not each.copied and each.size_bytes <= room]
-        if not wanted:
+        wanted = {
+            each: self._cost(each, "disk")
+            for each in self._of("ram")
+            if not each.copied and each.size_bytes <= room
+        }
+        state = max(wanted, key=wanted.__getitem__, default=None)
+        if state is None or not wanted[state]:
             return []
-        state = max(wanted, key=self._cost)
         state.copied = True
         self.used["disk"] += state.size_bytes
         return [*self._shrink(), Copy(state)]
@@ -153,7 +157,7 @@ class Stash:
 
     def _belongs_on_disk(self, state: State) -> bool:
         """Whether it fits there, and holds enough that nobody else does."""
-        return state.size_bytes <= self.budgets["disk"] and self._cost(state) >= MIN_SAVED
+        return state.size_bytes <= self.budgets["disk"] and self._cost(state, "ram") >= MIN_SAVED
 
     def _demote(self, state: State) -> None:
         self._worth["ram"].forget(state)
@@ -175,4 +179,4 @@ class Stash:
         return [state for state in self.states if state.tier == tier and not state.pinned]
 
     def _rate(self, state: State) -> float:
-        return self._cost(state) / max(1, state.size_bytes)
+        return self._cost(state, state.tier) / max(1, state.size_bytes)

@@ -65,16 +65,17 @@ class States:
         return data if zlib.crc32(data.data) == header.checksum else None
 
     def copy(self, state: State) -> None:
-        """Have a state's bytes on disk, too; one that cannot be written is missed when it is asked for."""
+        """Have a state's bytes on disk, too, if they can be written: else it is tried again in `demote`."""
         data = self._bytes.get(state)
         if data is not None and self._folder is not None and state not in self._files:
             with contextlib.suppress(OSError):  # a full disk costs the cache, not the request
                 self._files[state] = self._write(self._folder, state, data)
 
-    def demote(self, state: State) -> None:
-        """Move a state's bytes to disk, where they may be already."""
+    def demote(self, state: State) -> bool:
+        """Move a state's bytes to disk, where they may be already; False when they are lost."""
         self.copy(state)
         self._bytes.pop(state, None)
+        return state in self._files
 
     def discard(self, state: State) -> None:
         """Throw a state's bytes away."""
@@ -117,10 +118,13 @@ class States:
         ).hexdigest()
         path = folder / f"{name}{SUFFIX}"
         part = path.with_suffix(".part")
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(MAGIC + len(head).to_bytes(4, "little") + head)
-            file.write(data.data)
-        part.replace(path)
+        try:
+            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(MAGIC + len(head).to_bytes(4, "little") + head)
+                file.write(data.data)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
         return path
 
 

@@ -138,6 +138,8 @@ def run(channel: Channel, box: BlackBox) -> None:
         gc.freeze()  # what is there now stays; the collector need not walk it between two tokens
         inbox, outbox = Inbox(channel, loop), Outbox(channel, loop)
         loop.note = box.note
+        if isinstance(loop, Loop):
+            loop.gets_on = box.tick
         while True:
             for command in inbox.next():
                 box.note([command.id])

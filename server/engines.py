@@ -299,9 +299,8 @@ class _Draft:
             return None
         adapters = [*self.lora, *self.adapters.values()]
         files = [*(piece.path for piece in self.pieces), *(path for path, _ in adapters)]
-        return self.cache_root / _fingerprint(
-            files, *types, gpu_layers, self.lora, list(self.adapters), _library()
-        )
+        model = _fingerprint(files, self.lora, list(self.adapters), _library())
+        return self.cache_root / f"{model}-{_fingerprint((), *types, gpu_layers)[:8]}"
 
 
 def _drafts(settings: Settings, store: Store) -> dict[str, _Draft]:

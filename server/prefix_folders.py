@@ -2,16 +2,21 @@
 
 The folders lie side by side, one for all that decides what a saved state is (server/engines.py). A server
 holds a shared lock on the folder of each of its models, loaded or not. What no server has locked belongs to a
-model that was replaced or is configured no more: no budget counts it, so it is deleted at the next start.
+model that was replaced or is configured no more: no budget counts it, so it is deleted at the next start. A
+folder's name is MODEL-PLACING: how a model is placed may change with the memory that is free at a start, and
+change back, so what it had elsewhere stays for a while.
 """
 
 import fcntl
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
+
+SPARED_S = 30 * 86400.0  # since anything was written to it: a folder of a model that is placed otherwise now
 
 LOG = logging.getLogger("lq.server")
 
@@ -41,12 +46,24 @@ def _sweep(parent: Path, mine: set[Path]) -> None:
     for folder in parent.iterdir():
         if folder in mine or folder.is_symlink() or not folder.is_dir():
             continue
-        with ExitStack() as lock, suppress(BlockingIOError):  # of a live server
-            _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB, lock)
-            size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            shutil.rmtree(folder)
-            megabytes = f"{size_bytes / 1e6:,.1f} MB"
-            LOG.info("deleted %s of saved prefixes that no configured model can use: %s", megabytes, folder)
+        try:
+            _delete(folder, unless_of={each.name.split("-")[0] for each in mine})
+        except BlockingIOError:  # of a live server
+            continue
+        except OSError as error:
+            LOG.warning("saved prefixes that no configured model can use cannot be deleted: %s", error)
+
+
+def _delete(folder: Path, *, unless_of: set[str]) -> None:
+    """Delete a folder if nobody locks it, and unless it is of one of these models and not old."""
+    with ExitStack() as lock:
+        _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB, lock)
+        if folder.name.split("-")[0] in unless_of and time.time() - folder.stat().st_mtime < SPARED_S:
+            return
+        size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        shutil.rmtree(folder)
+        megabytes = f"{size_bytes / 1e6:,.1f} MB"
+        LOG.info("deleted %s of saved prefixes that no configured model can use: %s", megabytes, folder)
 
 
 def _lock(folder: Path, how: int, until: ExitStack) -> None:

@@ -81,7 +81,10 @@ class Service:
         """The events of a request, counted, within the limits of its key."""
         name = work.target.name
         work.check()
-        sizes = await ticket.in_time(work.prompt_sizes(count_texts=ticket.is_metered), is_first=True)
+        try:
+            sizes = await ticket.in_time(work.prompt_sizes(count_texts=ticket.is_metered), is_first=True)
+        except ContextOverflow as error:
+            raise PromptTooLong(error, work.prompt_field) from None
         usage = Usage(sizes, n_choices=work.n_choices)
         ticket.reserve(usage, n_answer=work.longest_answer(sizes))
         requests = work.on_behalf_of(ticket.policy)
@@ -106,7 +109,11 @@ class Service:
         engines = [standing.engine for standing in self.roster.standings().values()]
         found = await asyncio.gather(*map(self.snapshots.of, engines))
         pairs = zip(self.roster.standings().values(), found, strict=True)  # as they are by now
-        return [Told(standing, tuple(self.roster.names(standing)), each) for standing, each in pairs]
+        asked = zip(pairs, engines, strict=True)  # one that was unloaded meanwhile has no figures any more
+        return [
+            Told(standing, tuple(self.roster.names(standing)), each if standing.engine is engine else None)
+            for (standing, each), engine in asked
+        ]
 
     async def exposition(self) -> bytes:
         """All figures as Prometheus reads them."""

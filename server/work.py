@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+from engine.bounds import check_length
 from engine.request import GenerationRequest, Sampling
 from server.errors import BadRequest
 from server.limits import Policy
@@ -60,6 +61,7 @@ class Work:
             return len(request.prompt)
         if not count_texts:
             return 0
+        check_length(request.prompt, self.target.engine.info.n_ctx)
         tokens = await self.target.engine.tokenize(
             request.prompt, add_special=request.add_special, parse_special=request.parse_special
         )

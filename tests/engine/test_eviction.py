@@ -167,3 +167,22 @@ def test_eviction_asks_nothing_of_states_while_there_is_room(monkeypatch):
     for start in range(5):
         alone(model, 100, start)
     assert not any(isinstance(holder, State) for holder in asked)
+
+
+def test_under_a_window_an_idle_conversation_is_not_given_up_for_a_few_tokens():
+    model = fake(n_slots=3, n_window=10, n_batch=4096, n_ctx=4096)
+    alone(model, 500, 0)
+    other = Sequence("other", (*prompt(500, start=0)[:1], *prompt(40, start=7)), max_tokens=1)
+    run(model, other)
+    assert alone(model, 500, 0, tail=(5,)).n_cached == 500
+
+
+def test_what_the_disk_did_not_take_is_believed_in_no_more():
+    model = one_slot(disk_bytes=10**5)
+    alone(model, 200, 0)
+    held = model.scheduler.held
+    alone(model, 10, 1)
+    (state,) = (each for each in held.stash.states if each.length == 200)
+    assert model.scheduler.lost(state)
+    assert state not in held.stash.states
+    assert held.stash.used["disk"] == 0 == model.scheduler.held.tree.n_alone(state)

@@ -24,10 +24,12 @@ def test_the_last_note_is_read_on_the_other_side(page):
     assert outside.ids == {3, 2**40}
     inside.note([5])
     assert (outside.ids, outside.n_notes) == ({5}, 2)
+    inside.tick()
+    assert (outside.ids, outside.n_notes) == ({5}, 3), "getting on clears nobody of suspicion"
     inside.note(())
     assert outside.ids == frozenset()
     inside.close()
-    assert outside.n_notes == 3, "it outlives the process"
+    assert outside.n_notes == 4, "it outlives the process"
 
 
 def test_more_than_fit_are_cut_and_harm_nothing(page):

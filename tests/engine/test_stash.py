@@ -12,7 +12,7 @@ def stash(ram: int, disk: int = 0, cost: dict[State, int] | None = None) -> Stas
     return Stash(
         ram_bytes=ram,
         disk_bytes=disk,
-        cost=lambda each: costs.get(each, each.length),
+        cost=lambda each, _: costs.get(each, each.length),
         forget=lambda each: costs.pop(each, None),
     )
 

@@ -1,5 +1,7 @@
 """Bytes of saved states: kept, written whole, checked, found again by the same engine only."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -119,8 +121,19 @@ def test_a_disk_that_cannot_be_written_costs_the_state_and_nothing_else(folder, 
     states, one = States(folder, fingerprint="f"), state(1, 2)
     states.keep(one, DATA)
     monkeypatch.setattr("engine.states.os.open", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
-    states.demote(one)
+    assert not states.demote(one)
     assert states.read(one) is None
+    monkeypatch.undo()
+    states.keep(one, DATA)
+    assert states.demote(one)
+
+
+def test_half_a_write_leaves_no_file(folder, monkeypatch):
+    states, one = States(folder, fingerprint="f"), state(1, 2)
+    states.keep(one, DATA)
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    assert not states.demote(one)
+    assert list(folder.iterdir()) == []
 
 
 def test_without_a_folder_memory_is_all():
