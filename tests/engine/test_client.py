@@ -204,7 +204,9 @@ def test_killed_the_begun_request_fails_the_others_are_sent_again(config):
     asyncio.run(main())
 
 
-def test_a_model_that_vanished_makes_the_engine_unavailable_then_well_again(config, tmp_path):
+def test_a_model_that_vanished_makes_the_engine_unavailable_then_well_again(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.client.RESTART_WAIT_S", 2.0)
+
     async def main():
         path = tmp_path / "model.gguf"
         path.symlink_to(config.model_path)

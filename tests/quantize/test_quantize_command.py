@@ -35,6 +35,7 @@ def lq(tmp_path):
             "PYTHONPATH": str(ROOT),
             "COLUMNS": "100",
         }
+        del environment["GOMP_SPINCOUNT"]  # as people run it: threads that do not spin take twice as long
         command = [sys.executable, str(script), str(largest), "quantize", *map(str, arguments)]
         return subprocess.run(
             command, capture_output=True, text=True, env=environment, timeout=500, check=False
@@ -56,15 +57,15 @@ def one_line(run: subprocess.CompletedProcess[str]) -> str:
 def test_the_small_model_is_quantized_measured_and_stays_close(lq, smollm2_checkpoint, tmp_path):
     out = tmp_path / "out"
     run = lq(
-        smollm2_checkpoint, "--out", out, "--types", "Q8_0,IQ4_NL", "--calibration-tokens", 300,
+        smollm2_checkpoint, "--out", out, "--types", "Q8_0,Q4_0", "--calibration-tokens", 300,
         "--eval-tokens", 150, "--threads", 2, "--store", "--json",
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
     assert report == json.loads((out / "report.json").read_text("utf-8"))
-    q8, iq4 = report["files"]
+    q8, q4 = report["files"]
     assert q8["chats"]["kl"]["mean"] < 0.01
-    assert q8["chats"]["kl"]["mean"] < iq4["chats"]["kl"]["mean"] < 0.5
+    assert q8["chats"]["kl"]["mean"] < q4["chats"]["kl"]["mean"] < 0.5
     assert q8["chats"]["same_top"]["mean"] > 0.9
     assert report["calibration"]["origin"] == "written by the model itself (run as Q8_0)"
     assert report["source"]["types"]["shares"][0]["type"] == "BF16"
@@ -72,8 +73,8 @@ def test_the_small_model_is_quantized_measured_and_stays_close(lq, smollm2_check
     first = next(line for line in lines if "tokens" in line)  # others say why a conversation was dropped
     assert first["tokens"][0] == 1  # <|im_start|> itself, not its letters
     stored = sorted(path.name for path in (tmp_path / "home" / "models").iterdir())
-    assert stored == ["smollm2-iq4_nl", "smollm2-q8_0"]
-    reader = gguf.GGUFReader(out / "smollm2-IQ4_NL.gguf")
+    assert stored == ["smollm2-q4_0", "smollm2-q8_0"]
+    reader = gguf.GGUFReader(out / "smollm2-Q4_0.gguf")
     assert np.isfinite(gguf.dequantize(reader.tensors[0].data, reader.tensors[0].tensor_type)).all()
 
 
