@@ -97,16 +97,15 @@ class Holdings:
         if slot.backed_up == last_use or not self.share_prefixes:
             return
         slot.backed_up = last_use
-        n_tokens = len(slot.tokens)
+        if self._n_beyond(index, _is_on_disk) < max(MIN_SAVED, len(slot.tokens) // 4):
+            return
         held = [
             (match.length, each)
             for match in self.tree.matches(slot.tokens, slot.namespace)
             for each in match.holders
             if isinstance(each, State)
         ]
-        if self._n_beyond(index, _is_on_disk) < max(MIN_SAVED, n_tokens // 4):
-            return
-        state = State(list(slot.tokens), slot.namespace, n_tokens * self.token_bytes, tier="disk")
+        state = State(list(slot.tokens), slot.namespace, self._size_bytes(index), tier="disk")
         self.tree.hold(state, state.tokens, state.namespace)
         gone = self.stash.add(state)
         actions += [each for each in gone if each != Discard(state)]

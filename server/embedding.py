@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from engine.bounds import CHARACTERS_PER_TOKEN, is_too_long
 from engine.fairness import FairQueue
 from engine.request import EngineUnavailable, Pooled, Read, Tenant
 from models.placement import Bytes
@@ -25,9 +26,6 @@ T = TypeVar("T")
 
 #: Texts of one turn of the thread.
 BATCH = 32
-#: Texts of more characters for each token that the embedder reads are refused uncounted: counting the tokens
-#: of 10 MB takes gigabytes. Prose has 2 to 6, the longest words of a vocabulary about 20.
-CHARACTERS_PER_TOKEN = 64
 #: About what English has; how many there are is known when they have been read.
 CHARACTERS_A_TOKEN = 4
 #: What an embedder takes beside its weights: torch, and a part of the weights' size to compute in. Measured
@@ -229,7 +227,7 @@ def _batch(texts: Sequence[str], start: int, *, as_queries: bool) -> _Turn:
 def _counted(embedder: Embedder, text: str, place: str) -> int:
     """Tokens of a text; TooLong for more than the embedder reads."""
     limit = embedder.max_tokens
-    if len(text) > CHARACTERS_PER_TOKEN * limit:
+    if is_too_long(len(text), limit):  # counting the tokens of 10 MB takes gigabytes
         most = f"{limit} tokens, never more than {CHARACTERS_PER_TOKEN * limit} characters"
         raise TooLong(place, f"{len(text)} characters", most)
     n_tokens = embedder.count_tokens(text)

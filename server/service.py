@@ -108,11 +108,10 @@ class Service:
         """What is known of every engine; all that run are asked at once."""
         engines = [standing.engine for standing in self.roster.standings().values()]
         found = await asyncio.gather(*map(self.snapshots.of, engines))
-        pairs = zip(self.roster.standings().values(), found, strict=True)  # as they are by now
-        asked = zip(pairs, engines, strict=True)  # one that was unloaded meanwhile has no figures any more
+        now = self.roster.standings().values()  # one that was unloaded meanwhile has no figures any more
         return [
             Told(standing, tuple(self.roster.names(standing)), each if standing.engine is engine else None)
-            for (standing, each), engine in asked
+            for standing, engine, each in zip(now, engines, found, strict=True)
         ]
 
     async def exposition(self) -> bytes:

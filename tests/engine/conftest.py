@@ -1,15 +1,27 @@
 """One model for the whole session, and ways to run requests through a loop over it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from engine.client import Engine
 from engine.llama import Context, Model
 from engine.loop import Loop
-from engine.request import Delta, Done, EngineError, GenerationRequest, Sampling
+from engine.request import Delta, Done, EngineConfig, EngineError, GenerationRequest, Sampling
 
 GREEDY = Sampling(temperature=0)
+
+
+@asynccontextmanager
+async def running(config: EngineConfig) -> AsyncIterator[Engine]:
+    """An engine in a process of its own, until the block ends."""
+    engine = await Engine.start(config)
+    try:
+        yield engine
+    finally:
+        await engine.close()
 
 
 class Runner:

@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from engine.request import (
     QueueFull,
     Sampling,
 )
+from tests.engine.conftest import running
 
 GREEDY = Sampling(temperature=0)
 
@@ -36,15 +35,6 @@ GREEDY = Sampling(temperature=0)
 @pytest.fixture
 def config(smollm2_gguf: Path) -> EngineConfig:
     return EngineConfig(smollm2_gguf, n_ctx=512, n_parallel=2, n_threads=1, n_batch=64)
-
-
-@asynccontextmanager
-async def running(config: EngineConfig) -> AsyncIterator[Engine]:
-    engine = await Engine.start(config)
-    try:
-        yield engine
-    finally:
-        await engine.close()
 
 
 def ask(prompt: str | tuple[int, ...] = "The capital of France is", **options) -> GenerationRequest:

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +25,7 @@ from engine.request import (
     Tenant,
 )
 from tests import tiny_models as tiny
+from tests.engine.conftest import running
 
 TEXTS = ["the cat sleeps", "a dog", "where is the red house?"]
 
@@ -39,15 +40,6 @@ def embedding(tmp_path_factory) -> EngineConfig:
 def ranking(tmp_path_factory) -> EngineConfig:
     path = tiny.bert(tmp_path_factory.mktemp("bert") / "rank.gguf", pooling="rank", head=True)
     return EngineConfig(path, kind="rerank", n_threads=1)
-
-
-@asynccontextmanager
-async def running(config: EngineConfig):
-    engine = await Engine.start(config)
-    try:
-        yield engine
-    finally:
-        await engine.close()
 
 
 async def pooled(engine: Engine, request: PooledRequest) -> Pooled:

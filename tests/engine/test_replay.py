@@ -3,8 +3,6 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
@@ -22,6 +20,7 @@ from engine.request import (
     Sampling,
 )
 from engine.stats import EngineStats
+from tests.engine.conftest import running
 
 DONE = Done("length", 1, 1)
 
@@ -321,15 +320,6 @@ def test_counters_run_on_over_a_death(play):
 
 
 # The real process.
-
-
-@asynccontextmanager
-async def running(config: EngineConfig) -> AsyncIterator[Engine]:
-    engine = await Engine.start(config)
-    try:
-        yield engine
-    finally:
-        await engine.close()
 
 
 async def text_of(engine: Engine, request: GenerationRequest) -> str:
