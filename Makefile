@@ -15,7 +15,7 @@ run: $(INSTALLED)  ## set up, answer a question from the example documents, keep
 	$(BIN)/lq demo $(DEMO)
 
 test: $(TESTABLE) $(ASSETS)  ## set up, fetch the pinned test weights, run every test (ARGS: for pytest)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 check: $(TESTABLE)  ## lint, format, types
 	$(BIN)/ruff check .

@@ -35,7 +35,6 @@ def lq(tmp_path):
             "PYTHONPATH": str(ROOT),
             "COLUMNS": "100",
         }
-        del environment["GOMP_SPINCOUNT"]  # as people run it: threads that do not spin take twice as long
         command = [sys.executable, str(script), str(largest), "quantize", *map(str, arguments)]
         return subprocess.run(
             command, capture_output=True, text=True, env=environment, timeout=500, check=False
@@ -58,7 +57,7 @@ def test_the_small_model_is_quantized_measured_and_stays_close(lq, smollm2_check
     out = tmp_path / "out"
     run = lq(
         smollm2_checkpoint, "--out", out, "--types", "Q8_0,Q4_0", "--calibration-tokens", 300,
-        "--eval-tokens", 150, "--threads", 2, "--store", "--json",
+        "--eval-tokens", 150, "--threads", 1, "--store", "--json",
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
