@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 ASSETS := .cache/assets/.complete
 
-.PHONY: run test check bench bench-serve wheelhouse image lock clean help
+.PHONY: run test check bench bench-serve bench-quantize wheelhouse image lock clean help
 
 run: $(INSTALLED)  ## set up, answer a question from the example documents, keep serving (DEMO=--once: stop after it)
 	$(BIN)/lq demo $(DEMO)
@@ -27,6 +27,9 @@ bench: $(TESTABLE)  ## speed against llama-server of the same commit, alternatin
 
 bench-serve: $(TESTABLE)  ## serving under load against llama-server, tables and plots, an hour or more (ARGS: --quick)
 	$(BIN)/python -m benchmarks.serving $(ARGS)
+
+bench-quantize: $(TESTABLE)  ## files of `lq quantize` against llama.cpp's recipes at equal bytes (ARGS: RUN FILE..., see --help)
+	$(BIN)/python -m benchmarks.quantizing $(ARGS)
 
 wheelhouse: $(INSTALLED)  ## every package as files, for a build or an installation without a network
 	rm -rf wheelhouse
