@@ -85,10 +85,12 @@ class KernelTimes:
 
 
 def weights_read(header: Header, tensor: TensorInfo) -> float:
-    """Weights of a matrix that one token reads: none of a table, of experts those that are chosen."""
+    """Weights that one token reads: of experts those that are chosen, of a table none, but that of a tied
+    head all."""
     if tensor.name in LOOKUPS:
-        tied = tensor.name == LOOKUPS[0] and all(each.name != "output.weight" for each in header.tensors)
-        return float(tensor.n_elements if tied else 0)
+        writes = header.hyperparameter("attention.causal") is not False
+        has_head = any(each.name == "output.weight" for each in header.tensors)
+        return float(tensor.n_elements if tensor.name == LOOKUPS[0] and writes and not has_head else 0)
     if "_exps." in tensor.name:
         used, count = _number(header, "expert_used_count"), _number(header, "expert_count")
         return tensor.n_elements * used / count if used and count else float(tensor.n_elements)

@@ -1,6 +1,8 @@
 """One type a tensor within a byte budget: against every mix there is, and in what it promises and refuses."""
 
+import ast
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -342,3 +344,12 @@ def test_projections_that_do_not_fit_the_tensors_are_refused():
 def test_the_front_keeps_what_no_other_choice_beats():
     sizes, worth = np.array([30, 10, 20, 20, 40]), np.array([2.0, 5.0, 3.0, 4.0, 2.0])
     assert mixing.front(sizes, worth).tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("name", ["allocate", "mixing", "interactions"])
+def test_it_knows_no_files_no_models_and_no_clock(name):
+    tree = ast.parse((Path(__file__).parents[2] / "quantize" / f"{name}.py").read_text("utf-8"))
+    found = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    found |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    ours = {"quantize", "quantize.errors", "quantize.interactions", "quantize.mixing"}
+    assert found <= {"numpy", "dataclasses", "collections.abc", "typing", *ours}

@@ -139,26 +139,27 @@ def test_the_timed_model_is_as_wide_as_the_one_it_stands_for_and_never_large(wid
 
 
 def test_weights_that_a_token_reads(tmp_path):
-    tied = read_header(tiny_models.bert(tmp_path / "bert.gguf"))
+    encoder = read_header(tiny_models.bert(tmp_path / "bert.gguf"))
     untied = read_header(tiny_models.qwen3(tmp_path / "qwen3.gguf"))
-    embedding = {header.architecture: header.tensors[0] for header in (tied, untied)}
-    assert weights_read(tied, embedding["bert"]) == embedding["bert"].n_elements
-    assert weights_read(untied, embedding["qwen3"]) == 0
-    positions = next(tensor for tensor in tied.tensors if tensor.name == "position_embd.weight")
-    assert weights_read(tied, positions) == 0
-    matrix = next(tensor for tensor in untied.tensors if tensor.name == "blk.0.ffn_up.weight")
-    assert weights_read(untied, matrix) == matrix.n_elements
+    for header in (encoder, untied):
+        assert weights_read(header, header.tensors[0]) == 0, "a table is looked up in"
+    positions = next(tensor for tensor in encoder.tensors if tensor.name == "position_embd.weight")
+    assert weights_read(encoder, positions) == 0
+    for name in ("blk.0.ffn_up.weight", "output.weight"):
+        matrix = next(tensor for tensor in untied.tensors if tensor.name == name)
+        assert weights_read(untied, matrix) == matrix.n_elements
 
 
-def test_of_experts_only_the_chosen_are_read(tmp_path):
+def test_of_experts_only_the_chosen_are_read_and_of_a_tied_head_all(tmp_path):
     path = tmp_path / "moe.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_expert_count(8)
     writer.add_expert_used_count(2)
+    writer.add_tensor("token_embd.weight", np.zeros((40, 32), np.float32))
     writer.add_tensor("blk.0.ffn_up_exps.weight", np.zeros((8, 32, 32), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     header = read_header(path)
-    assert weights_read(header, header.tensors[0]) == 8 * 32 * 32 / 4
+    assert [weights_read(header, tensor) for tensor in header.tensors] == [40 * 32, 8 * 32 * 32 / 4]
