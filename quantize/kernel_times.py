@@ -1,8 +1,9 @@
 """How long a weight of each type takes in a decode step on this machine: measured once a type, and kept.
 
-A model of the same row widths and random weights is written, few layers of a large one, and decodes one token
-at a time. All layers' feed-forward matrices have the type in question; all else is the same in every file and
-cancels in differences. Owns the times and their file; which types a tensor gets is decided elsewhere.
+A model of the same row widths and random weights is written, as large as the model or a part of a large one,
+and decodes one token at a time. All layers' feed-forward matrices have the type in question; all else is the
+same in every file and cancels in differences. Owns the times and their file; which types a tensor gets is
+decided elsewhere.
 """
 
 import json
@@ -28,8 +29,9 @@ from quantize.parts import STORED, Encode, Rows, as_float
 from quantize.speed import processor
 from quantize.steps import write_text
 
-#: Weights of the feed-forward matrices: enough to come from memory rather than from caches.
-WEIGHTS = 100_000_000
+#: Weights of the feed-forward matrices at most: enough to come from memory rather than from caches. A smaller
+#: model has as many as it has in all: what comes from caches there does so here.
+WEIGHTS = 150_000_000
 WIDEST_BLOCK = 256
 #: What the constant part of a step is told from, beside a file of almost no feed-forward.
 REFERENCE = "Q8_0"
@@ -57,13 +59,12 @@ class Shape:
 
     @classmethod
     def like(cls, header: Header) -> "Shape":
-        """As wide as a model, and as many of its layers as WEIGHTS allows, one at least."""
+        """As wide as a model, of as many weights or of WEIGHTS; its layers may be more than the model's."""
         width = _rounded(_number(header, "embedding_length") or WIDEST_BLOCK)
         inner = _number(header, "feed_forward_length") or _number(header, "expert_feed_forward_length")
-        most = max(WIDEST_BLOCK, WEIGHTS // (3 * width))
-        inner = min(_rounded(inner or 4 * width), _rounded(most))
-        layers = WEIGHTS // (3 * width * inner)
-        return cls(width, inner, max(1, min(layers, _number(header, "block_count") or 1)))
+        most = max(WIDEST_BLOCK, WEIGHTS // (3 * width) // WIDEST_BLOCK * WIDEST_BLOCK)
+        inner = min(_rounded(inner or 4 * width), most)
+        return cls(width, inner, max(1, min(WEIGHTS, header.n_parameters) // (3 * width * inner)))
 
     @property
     def n_weights(self) -> int:
