@@ -143,11 +143,10 @@ def _symmetric_tries(form: Format) -> Iterator:
 def _symmetric(form: Format, x: np.ndarray, room: Room, target: float) -> _Attempt:
     """Blocks whose largest weight is `target` times the scale."""
     extreme = np.take_along_axis(x, np.abs(x).argmax(1)[:, None], 1)
-    inverse_step = target * _quotient(1, extreme)
-    for _ in range(FITS):
-        codes = _nearest(form, x * inverse_step)
-        level = np.array(form.levels, np.float64)[codes]
+    codes, level = _on_levels(form, x * (target * _quotient(1, extreme)))
+    for _ in range(FITS - 1):
         inverse_step = _quotient((level**2).sum(1, keepdims=True), (level * x).sum(1, keepdims=True))
+        codes, level = _on_levels(form, x * inverse_step)
     # A scale reproduces x where level * scale is in the room about x: the intervals must have one in common.
     used = level != 0
     size = np.where(used, np.abs(level), 1)
@@ -201,10 +200,12 @@ def _in_common(
     return (rest - room[0]).max(1), (rest + room[1]).min(1)
 
 
-def _nearest(form: Format, scaled: np.ndarray) -> np.ndarray:
-    """Codes of the nearest levels; Q8_0's -128 is left out, as ggml leaves it out."""
+def _on_levels(form: Format, scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of the nearest levels, and these; Q8_0's -128 is left out, as ggml leaves it out."""
     codes = np.searchsorted(form.midpoints, scaled).astype(np.uint8)
-    return np.maximum(codes, 1) if len(form.levels) > 64 else codes
+    if len(form.levels) > 64:
+        codes = np.maximum(codes, 1)
+    return codes, np.array(form.levels, np.float64)[codes]
 
 
 def rounding_room(x: np.ndarray, stored: Dtype) -> tuple[np.ndarray, np.ndarray]:
