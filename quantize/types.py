@@ -1,18 +1,29 @@
-"""llama.cpp's quantization types by name, and its quantize call, which may abort the process it runs in.
+"""llama.cpp's quantization types by name, and its quantize calls, which may abort the process they run in.
 
-The only file that touches llama.cpp's quantize calls; `call` runs in a child process that `quantize.child`
-owns. Refuses to know where files come from, where they go, and who is told about progress.
+The only file that touches llama.cpp's quantize calls. `call` makes a whole file, in a child process that
+`quantize.child` owns; `quantize_rows` and `dequantize_rows` take one matrix, here, and refuse beforehand what
+would abort. Refuses to know where files come from, where they go, and who is told about progress.
 """
 
 import ctypes
 import difflib
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from quantize.errors import QuantizeError
+from quantize.tensor_types import (
+    LARGEST_WEIGHT,
+    NEED_IMPORTANCE,
+    WITHOUT_FLOAT16,
+    TensorType,
+    checked_importance,
+    tensor_type,
+)
 
 #: Name -> LLAMA_FTYPE number. Every type that llama_model_quantize of the pinned llama.cpp accepts.
 FTYPES: Mapping[str, int] = {
@@ -32,6 +43,8 @@ ALIASES: Mapping[str, str] = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_
 NEED_IMATRIX = frozenset(
     {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"}
 )
+
+ROW_BLOCK_WEIGHTS = 1 << 20  # weights that a thread rounds at a time
 
 DEFAULT_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "Q3_K_M", "Q2_K")
 
@@ -158,3 +171,123 @@ def _metadata_array(order: Order, importance: Mapping[str, np.ndarray], alive: l
     array[1].value.val_i64 = len(importance)
     alive.append(array)
     return array
+
+
+def quantize_rows(
+    type_name: str, weights: np.ndarray, importance: np.ndarray | None, *, n_threads: int = 2
+) -> np.ndarray:
+    """Round (rows, n) weights as llama.cpp does; returns (rows, row_bytes) uint8.
+
+    `importance` (n,): how much a squared error of each column counts, as in an imatrix. Some of ggml's
+    searches assert that weights are positive, so a zero counts a millionth of the mean.
+    """
+    kind = tensor_type(type_name)
+    weights = _checked_weights(kind, weights)
+    if importance is None and type_name in NEED_IMPORTANCE:
+        raise QuantizeError(f"{type_name} cannot be made without an importance matrix; collect one")
+    weighing = None if importance is None else checked_importance(importance, weights.shape[1])
+    out = np.zeros((len(weights), kind.row_bytes(weights.shape[1])), np.uint8)
+
+    def work(rows: slice) -> None:
+        source, target = weights[rows], out[rows]
+        _ggml().ggml_quantize_chunk(
+            kind.number, source.ctypes.data, target.ctypes.data, 0, *source.shape,
+            None if weighing is None else weighing.ctypes.data,
+        )  # fmt: skip
+
+    _in_threads(work, weights, n_threads)
+    _refuse_overflow(kind, weights, out)
+    return out
+
+
+def dequantize_rows(type_name: str, data: np.ndarray, n: int, *, n_threads: int = 2) -> np.ndarray:
+    """The (rows, n) float32 values of (rows, row_bytes) uint8 data, by ggml's own code."""
+    kind = tensor_type(type_name)
+    wanted = kind.row_bytes(n)
+    if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != wanted:
+        raise QuantizeError(
+            f"{type_name} rows of {n} weights are (rows, {wanted}) uint8, not {data.shape} {data.dtype}"
+        )
+    data = np.ascontiguousarray(data)
+    if type_name == "F32":
+        return data.view(np.float32).copy()
+    out = np.empty((len(data), n), np.float32)
+    to_float = _ggml().ggml_get_type_traits(kind.number).contents.to_float
+
+    def work(rows: slice) -> None:
+        to_float(data[rows].ctypes.data, out[rows].ctypes.data, out[rows].size)
+
+    _in_threads(work, out, n_threads)
+    return out
+
+
+def _checked_weights(kind: TensorType, weights: np.ndarray) -> np.ndarray:
+    """Contiguous float32 (rows, n), or an error that names what is wrong."""
+    if weights.ndim != 2 or not len(weights):
+        raise QuantizeError(f"weights of shape {weights.shape} are not rows; give (rows, n)")
+    kind.row_bytes(weights.shape[1])
+    weights = np.ascontiguousarray(weights, np.float32)
+    if not np.isfinite(weights).all():
+        raise QuantizeError(f"weights hold NaN or infinity, which {kind.name} cannot; check the checkpoint")
+    if kind.name not in WITHOUT_FLOAT16 and max(weights.max(), -weights.min()) > LARGEST_WEIGHT:
+        raise _beyond_float16(kind, weights)
+    return weights
+
+
+def _refuse_overflow(kind: TensorType, weights: np.ndarray, data: np.ndarray) -> None:
+    """Raise where a float16 scale became infinite; only rows of large weights can have one."""
+    if kind.name in WITHOUT_FLOAT16:
+        return
+    rows = np.flatnonzero(np.maximum(weights.max(1), -weights.min(1)) > 65504 / 2)
+    if rows.size and not np.isfinite(dequantize_rows(kind.name, data[rows], weights.shape[1])).all():
+        raise _beyond_float16(kind, weights)
+
+
+def _beyond_float16(kind: TensorType, weights: np.ndarray) -> QuantizeError:
+    return QuantizeError(
+        f"a weight of {np.abs(weights).max():.3g} is beyond the float16 numbers of {kind.name}; "
+        "BF16 and F32 hold it"
+    )
+
+
+def _in_threads(work: Callable[[slice], None], rows: np.ndarray, n_threads: int) -> None:
+    """Call `work` on blocks of rows, on a few threads: ctypes lets go of the interpreter meanwhile."""
+    size = max(1, ROW_BLOCK_WEIGHTS // rows.shape[1])
+    blocks = [slice(start, start + size) for start in range(0, len(rows), size)]
+    if len(blocks) == 1 and n_threads > 1 and rows.size > ROW_BLOCK_WEIGHTS // 16:
+        half = -(-len(rows) // n_threads)
+        blocks = [slice(start, start + half) for start in range(0, len(rows), half)]
+    with ThreadPoolExecutor(max(1, n_threads)) as pool:
+        list(pool.map(work, blocks))
+
+
+class _Traits(ctypes.Structure):
+    """ggml_type_traits of the pinned llama.cpp."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("block_width", ctypes.c_int64),
+        ("interleave", ctypes.c_int64),
+        ("block_bytes", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+    )
+
+
+@cache
+def _ggml() -> ctypes.CDLL:
+    """The library that holds ggml's rounding, with the signatures that are used here."""
+    import llama_cpp
+    from llama_cpp._ctypes_extensions import load_shared_library
+
+    library = load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
+        ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
+    ]  # fmt: skip
+    library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+    library.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
+    library.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    return library

@@ -6,6 +6,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
 from models.gguf import read_header
@@ -13,6 +15,7 @@ from quantize.child import QuantizeCallFailed, quantize
 from quantize.convert import convert
 from quantize.disk import DiskFull
 from quantize.errors import QuantizeError
+from quantize.tensor_types import NEED_IMPORTANCE, TENSOR_TYPES, tensor_type
 from quantize.typemap import fallback_warning, read_types
 from quantize.types import (
     DEFAULT_TYPES,
@@ -21,11 +24,14 @@ from quantize.types import (
     NeedsImportance,
     Order,
     UnknownType,
+    dequantize_rows,
     parse_types,
+    quantize_rows,
     refuse_without_importance,
 )
 
 IQ2_XXS = 16  # ggml's number
+SLOW_TO_START = {"IQ1_S", "IQ1_M", "IQ2_S"}  # their tables take seconds to build
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +132,6 @@ def test_rows_that_do_not_fit_fall_back_and_are_told(narrow_gguf, tmp_path):
 
 @pytest.mark.parametrize("kind", ["F16", "Q4_0"])
 def test_a_weight_beyond_float16_is_told_with_the_types_that_hold_it(kind, tmp_path):
-    import gguf
-    import numpy as np
-
     source = tmp_path / "large.gguf"
     writer = gguf.GGUFWriter(source, "llama")
     for add, value in (
@@ -190,3 +193,112 @@ def test_full_disk_is_said_with_the_remedy_and_leaves_the_old_file(wide_gguf, tm
 def test_the_source_itself_is_not_overwritten(wide_gguf):
     with pytest.raises(QuantizeError, match="is the source itself"):
         quantize(Order(wide_gguf, wide_gguf, "Q8_0"))
+
+
+def some_rows(rows: int = 6, n: int = 512) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((rows, n)).astype(np.float32)
+
+
+def test_tensor_types_know_their_block_and_bits():
+    assert (tensor_type("Q4_0").block_width, tensor_type("Q4_0").block_bytes) == (32, 18)
+    assert tensor_type("Q6_K").bits_per_weight == 6.5625
+    assert tensor_type("IQ4_XS").row_bytes(512) == 272
+    with pytest.raises(QuantizeError, match="'Q4_K_M' is not a tensor type of ggml; known: F32, F16"):
+        tensor_type("Q4_K_M")
+
+
+@pytest.mark.parametrize("name", sorted(TENSOR_TYPES.keys() - SLOW_TO_START))
+def test_rows_of_every_type_come_back_near_what_they_were(name):
+    rows = some_rows()
+    data = quantize_rows(name, rows, np.ones(512, np.float32))
+    back = dequantize_rows(name, data, 512)
+    bits = min(tensor_type(name).bits_per_weight, 9)
+    assert data.shape == (6, tensor_type(name).row_bytes(512))
+    assert np.mean((back - rows) ** 2) < (4.0**-bits * 8 if bits > 2.5 else 0.7)
+    if name not in {"NVFP4", "Q1_0"}:  # gguf knows their sizes, but does not read them
+        np.testing.assert_allclose(gguf.dequantize(data, gguf.GGMLQuantizationType[name]), back, rtol=1e-6)
+
+
+def test_rows_do_not_depend_on_threads_or_on_each_other():
+    rows = some_rows(300)
+    importance = np.random.default_rng(1).random(512).astype(np.float32)
+    whole = quantize_rows("Q4_K", rows, importance, n_threads=3)
+    apart = [quantize_rows("Q4_K", rows[i : i + 1], importance, n_threads=1) for i in (0, 150, 299)]
+    np.testing.assert_array_equal(whole[[0, 150, 299]], np.concatenate(apart))
+
+
+def test_importance_shifts_the_error_to_columns_that_do_not_matter():
+    rows, importance = some_rows(32), np.ones(512, np.float32)
+    importance[::2] = 1000
+    error = (dequantize_rows("Q3_K", quantize_rows("Q3_K", rows, importance), 512) - rows) ** 2
+    plain = (dequantize_rows("Q3_K", quantize_rows("Q3_K", rows, None), 512) - rows) ** 2
+    assert error[:, ::2].mean() < 0.95 * plain[:, ::2].mean()
+
+
+@pytest.mark.parametrize("name", sorted(NEED_IMPORTANCE - SLOW_TO_START))
+def test_types_that_need_importance_run_with_any(name):
+    rows = some_rows()
+    rows[0], rows[1], rows[2] = 0, 1, 1e-20
+    importance = np.zeros(512, np.float32)
+    assert np.isfinite(dequantize_rows(name, quantize_rows(name, rows, importance), 512)).all()
+    importance[3] = 1e-30
+    assert np.isfinite(dequantize_rows(name, quantize_rows(name, rows, importance), 512)).all()
+
+
+@pytest.mark.parametrize("name", sorted(NEED_IMPORTANCE))
+def test_types_that_would_abort_are_refused_by_name(name):
+    with pytest.raises(QuantizeError, match=f"{name} cannot be made without an importance matrix"):
+        quantize_rows(name, some_rows(), None)
+
+
+def test_the_table_of_types_that_abort_is_ggmls_own():
+    from quantize.types import _ggml
+
+    asked = {
+        name for name, kind in TENSOR_TYPES.items() if _ggml().ggml_quantize_requires_imatrix(kind.number)
+    }
+    assert asked == NEED_IMPORTANCE
+
+
+def test_rows_that_do_not_fill_blocks_are_refused():
+    with pytest.raises(QuantizeError, match=r"Q4_K holds blocks of 256 .* rows of 576 .*IQ4_NL"):
+        quantize_rows("Q4_K", some_rows(2, 576), None)
+    with pytest.raises(QuantizeError, match="rows of 40"):
+        dequantize_rows("Q8_0", np.zeros((1, 34), np.uint8), 40)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused(bad):
+    rows = some_rows()
+    rows[3, 7] = bad
+    with pytest.raises(QuantizeError, match="NaN or infinity, which Q8_0 cannot"):
+        quantize_rows("Q8_0", rows, None)
+    importance = np.ones(512, np.float32)
+    importance[9] = bad
+    with pytest.raises(QuantizeError, match="not finite"):
+        quantize_rows("Q8_0", some_rows(), importance)
+
+
+@pytest.mark.parametrize("importance", [-np.ones(512, np.float32), np.ones(511, np.float32)])
+def test_importance_of_another_shape_or_sign_is_refused(importance):
+    with pytest.raises(QuantizeError, match=r"importance (has shape \(511,\)|holds .*negative)"):
+        quantize_rows("Q8_0", some_rows(), importance)
+
+
+@pytest.mark.parametrize(("name", "value"), [("F16", 7e4), ("Q4_0", 6e5), ("IQ2_XXS", 1e12), ("Q6_K", 1e30)])
+def test_weights_beyond_float16_scales_are_refused_where_they_do_not_fit(name, value):
+    rows = some_rows()
+    rows[2, 5] = value
+    with pytest.raises(QuantizeError, match=rf"beyond the float16 numbers of {name}; BF16 and F32 hold it"):
+        quantize_rows(name, rows, np.ones(512, np.float32))
+    back = dequantize_rows("BF16", quantize_rows("BF16", rows, None), 512)
+    np.testing.assert_allclose(back, rows, rtol=2**-8)
+
+
+def test_data_of_another_shape_or_type_is_refused():
+    with pytest.raises(QuantizeError, match=r"Q8_0 rows of 32 weights are \(rows, 34\) uint8, not \(1, 33\)"):
+        dequantize_rows("Q8_0", np.zeros((1, 33), np.uint8), 32)
+    with pytest.raises(QuantizeError, match="float32"):
+        dequantize_rows("Q8_0", np.zeros((1, 34), np.float32), 32)
+    with pytest.raises(QuantizeError, match="are not rows"):
+        quantize_rows("Q8_0", np.zeros(32, np.float32), None)
