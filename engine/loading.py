@@ -83,12 +83,21 @@ def open_context(model: Model, config: EngineConfig) -> Context:
         n_ctx=n_cells,
         n_batch=max(config.n_batch, config.n_parallel),
         n_seq_max=config.n_parallel,
-        n_outputs_max=config.n_parallel + (GUESSES_A_CALL if config.speculation == "auto" else 0),
+        n_outputs_max=n_outputs(config),
         n_threads=config.n_threads,
         type_k=config.kv_type_k,
         type_v=config.kv_type_v,
         unified=n_cells < enough,
     )
+
+
+def n_outputs(config: EngineConfig) -> int:
+    """Logits that a call needs at most: one a sequence, and guesses where few enough write (guessing.py).
+
+    A context of many sequences is then the same with and without guesses.
+    """
+    guessing = min(config.n_parallel, GUESSES_A_CALL) + GUESSES_A_CALL
+    return max(config.n_parallel, guessing if config.speculation == "auto" else 0)
 
 
 def open_drafter(model: Model, config: EngineConfig, stack: ExitStack) -> Drafter | None:
