@@ -26,7 +26,7 @@ from quantize.errors import QuantizeError
 from quantize.header import Entry, Metadata, lay_out
 from quantize.measure import Backend
 from quantize.parts import STORED, Encode, Rows, as_float
-from quantize.speed import processor
+from quantize.speed import decode, processor
 from quantize.steps import write_text
 
 #: Weights of the feed-forward matrices at most: enough to come from memory rather than from caches. A smaller
@@ -154,10 +154,7 @@ def _decode_ms(path: Path, backend: Backend) -> float:
         began = time.perf_counter()
         for position in range(WARM_UP + TOKENS):
             started = time.perf_counter()
-            context.batch.clear()
-            context.batch.add(1, position, 0, output=True)
-            context.decode()
-            context.logits(0)  # waits for the backend
+            decode(context, [1], start=position)
             taken.append(time.perf_counter() - started)
             if len(taken) >= WARM_UP + LEAST_TOKENS and time.perf_counter() - began > MOST_S:
                 break
@@ -241,9 +238,7 @@ def _read(store: Path) -> dict[str, dict[str, float]]:
     try:
         kept = json.loads(store.read_text("utf-8"))
         return {str(key): {str(k): float(v) for k, v in times.items()} for key, times in kept.items()}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError, TypeError):
+    except (FileNotFoundError, ValueError, AttributeError, TypeError):
         return {}
 
 

@@ -44,14 +44,15 @@ def _run(context: Context, token: int) -> tuple[float, float]:
     """Seconds to read and seconds to write."""
     context.clear()
     started = time.perf_counter()
-    _decode(context, [token] * PREFILL_TOKENS, start=0)
+    decode(context, [token] * PREFILL_TOKENS, start=0)
     middle = time.perf_counter()
     for i in range(DECODE_TOKENS):
-        _decode(context, [token], start=PREFILL_TOKENS + i)
+        decode(context, [token], start=PREFILL_TOKENS + i)
     return middle - started, time.perf_counter() - middle
 
 
-def _decode(context: Context, tokens: list[int], *, start: int) -> None:
+def decode(context: Context, tokens: list[int], *, start: int) -> None:
+    """Read tokens of one sequence in one call, and wait for the last one's logits."""
     context.batch.clear()
     last = len(tokens) - 1
     for i, token in enumerate(tokens):

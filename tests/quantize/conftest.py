@@ -1,9 +1,11 @@
 """Tiny random checkpoints of each family with real tokenizers, and their logits in llama.cpp."""
 
 import json
+import resource
 import shutil
 import struct
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -281,3 +283,14 @@ def made(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(steps.Ledger, "_write", noting)
     return names
+
+
+@contextmanager
+def files_up_to(size_bytes: int):
+    """Let no file grow beyond a size, here and in child processes: the next best thing to a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -2,13 +2,11 @@
 
 import hashlib
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 from collections import namedtuple
-from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
@@ -38,6 +36,7 @@ from quantize.parts import BadWeights, WrongRounding
 from quantize.tensor_rules import fitting_types, may_be_quantized
 from quantize.types import Order
 from tests import tiny_models
+from tests.quantize.conftest import files_up_to
 
 ROOT = Path(__file__).parents[2]
 CYCLE = ("Q8_0", "Q4_0", "Q5_1", "Q4_1", "Q5_0", "F16")
@@ -63,17 +62,6 @@ def data_of(path: Path) -> dict[str, bytes]:
 
 def cycled(source: MixedSource) -> dict[str, str]:
     return {tensor.name: CYCLE[i % len(CYCLE)] for i, tensor in enumerate(source.quantizable)}
-
-
-@contextmanager
-def files_up_to(size_bytes: int):
-    """No file grows beyond a size: the next best thing to a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class Counting:

@@ -1,9 +1,7 @@
 """Type names, and llama.cpp's quantize call in its child process."""
 
-import resource
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
@@ -29,6 +27,7 @@ from quantize.types import (
     quantize_rows,
     refuse_without_importance,
 )
+from tests.quantize.conftest import files_up_to
 
 IQ2_XXS = 16  # ggml's number
 SLOW_TO_START = {"IQ1_S", "IQ1_M", "IQ2_S"}  # their tables take seconds to build
@@ -51,17 +50,6 @@ def narrow_gguf(tiny_llama, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("narrow") / "narrow.gguf"
     convert(tiny_llama.path, out, dtype="BF16")
     return out
-
-
-@contextmanager
-def files_up_to(size_bytes: int):
-    """Let no file grow beyond a size, here and in child processes: the next best thing to a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_names_are_read_in_order_once_each_with_aliases():
