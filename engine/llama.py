@@ -31,7 +31,9 @@ from engine.request import EngineError, KVType, ModelLoadFailed, Pooling
 from engine.runs import LONGEST_RUN, without_long_runs
 from engine.tensor import Tensor, TensorView
 
-KV_TYPES: dict[KVType, int] = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
+KV_TYPES: dict[KVType, int] = {
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30,
+}  # fmt: skip
 POOLINGS: dict[str, Pooling] = {"1": "mean", "2": "cls", "3": "last", "4": "rank"}  # as metadata writes it
 _POOLING_NUMBERS = {pooling: int(number) for number, pooling in POOLINGS.items()}
 _BPE = 2  # LLAMA_VOCAB_TYPE_BPE

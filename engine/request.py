@@ -21,7 +21,7 @@ MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 MAX_POOLED_INPUTS = 2048
 
 FinishReason = Literal["stop", "length", "cancelled"]
-KVType = Literal["f16", "bf16", "f32", "q8_0", "q4_0"]
+KVType = Literal["f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 Kind = Literal["text", "embedding", "rerank"]
 Guesses = Literal["off", "lookup", "lookup and draft model"]  # of the next tokens, where they pay
 Pooling = Literal["mean", "cls", "last", "rank"]  # how a sequence's tokens become one result

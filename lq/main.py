@@ -15,7 +15,7 @@ import typer
 FLOORS = frozenset({"engine", "models", "quantize", "rag", "prompts", "server", "lq"})
 
 #: Modules whose `register(app)` adds their commands, in the order `--help` shows them.
-COMMANDS = ("store", "quantize", "index", "ask", "serve", "demo", "bench")
+COMMANDS = ("store", "quantize", "tune", "index", "ask", "serve", "demo", "bench")
 
 
 def build() -> typer.Typer:

@@ -34,3 +34,42 @@ def transfer_progress() -> Iterator[Progress]:
             bars.update(task, completed=done_bytes, total=total_bytes)
 
         yield report
+
+
+@contextmanager
+def task_progress() -> Iterator[Progress]:
+    """A bar for what is being done, on stderr, where that is a terminal; else one line a task."""
+    if not sys.stderr.isatty():
+        yield _Lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("starting", total=None)
+        current = ""
+
+        def show(what: str, done: int, total: int | None) -> None:
+            nonlocal current
+            heading = what.partition(":")[0]
+            if heading != current:
+                current = heading
+                bars.reset(task, total=total, description=what)
+            bars.update(task, description=what[:60], completed=done, total=total)
+
+        yield show
+
+
+class _Lines:
+    """Progress where no one watches: each task is named once on stderr."""
+
+    def __init__(self) -> None:
+        self.current = ""
+
+    def __call__(self, what: str, _done: int, _total: int | None) -> None:
+        heading = what.partition(":")[0]
+        if heading != self.current:
+            self.current = heading
+            print(heading, file=sys.stderr, flush=True)

@@ -3,13 +3,16 @@
 Lays a `Report` out as markdown with front matter; decides nothing.
 """
 
+import html
 from collections.abc import Iterable, Sequence
 
 import yaml
 
 from quantize.divergence import Divergence
-from quantize.figures import COLUMNS, number, row, with_error
+from quantize.figures import COLUMNS, RECOVERY_COLUMNS, number, recovery_row, row, with_error
+from quantize.mixes import chart
 from quantize.report import FileReport, Report, TextReport
+from quantize.structure import report as structure
 
 
 def card(report: Report) -> str:
@@ -21,8 +24,13 @@ def card(report: Report) -> str:
         "## Files",
         _files(report),
         *_measurements(report),
+        *_recoveries(report),
         "## What is inside",
         _type_maps(report.files),
+        *_mixes(report),
+        *_transforms(report),
+        *(structure.sections(report.structure) if report.structure else ()),
+        *_samples(report),
         *_warnings(report),
         "## How it was made",
         _making(report),
@@ -82,6 +90,7 @@ def _measurements(report: Report) -> Iterable[str]:
     )
     if any(file.chats or file.text for file in report.files):
         yield "![Divergence against size](divergence.png)"
+        yield "![Divergence against speed](tradeoff.png)"
         yield "![Speed against size](speed.png)"
 
 
@@ -107,6 +116,19 @@ def _measured_table(files: Sequence[tuple[FileReport, Divergence | None]]) -> st
     return f"{table}\n\n{_table(names, details)}"
 
 
+def _recoveries(report: Report) -> Iterable[str]:
+    """What training after rounding gave, file by file."""
+    trained = [file for file in report.files if file.recovery]
+    if not trained:
+        return
+    yield "## Recovered"
+    yield (
+        "After rounding, norms, biases and the float16 scales of blocks were trained on the calibration text "
+        "to predict what the source does; types, sizes and codes stay. Mean KLD before and after:"
+    )
+    yield _table(RECOVERY_COLUMNS, [recovery_row(file) for file in trained])
+
+
 def _type_maps(files: Sequence[FileReport]) -> str:
     rows = []
     for file in files:
@@ -116,6 +138,88 @@ def _type_maps(files: Sequence[FileReport]) -> str:
         )
         rows.append((file.type, f"{file.types.bits_per_weight:.3f}", shares))
     return _table(("type", "bits/weight", "share of parameters (tensors)"), rows)
+
+
+def _mixes(report: Report) -> Iterable[str]:
+    """How the types of files within a budget were chosen, and which tensor has which."""
+    for file in report.files:
+        if file.mix is None:
+            continue
+        mix = file.mix
+        told = f"Types chosen by what rounding each tensor costs (objective: {mix.objective})"
+        if mix.rounding_loss is not None:
+            told += (
+                f"; rounded with {mix.rounding_loss:.2f} of the loss of round-to-nearest with importance, "
+                "geometric mean over tensors"
+            )
+        yield f"### {file.type}"
+        yield f"{told}. The best few were rounded to nearest and measured on calibration text:"
+        rows = [
+            (
+                f"{tried.size_bytes / 1e6:.2f}",
+                number(tried.predicted),
+                number(tried.measured),
+                "chosen" if i == mix.chosen else "",
+            )
+            for i, tried in enumerate(mix.tried)
+        ]
+        yield _table(("MB of tensors", "KLD predicted", "KLD measured", ""), rows)
+        yield f"![Types of {file.type}](types-{file.type}.png)"
+        yield _table(("part", "layers and types"), chart.rows(mix.tensors))
+
+
+def _transforms(report: Report) -> Iterable[str]:
+    """What each change of the source gave that leaves its function as it is."""
+    if not report.transforms:
+        return
+    used = [trial.name for trial in report.transforms if trial.used and trial.gain]
+    told = f"Files are made from the source under {max(used, key=len)}" if used else "None is used"
+    yield "## Transforms tried"
+    yield (
+        "Changes that leave the model's function as it is, each rounded and measured on held-back "
+        "calibration text. A gain is how many nats lower the divergence is than that of what it is compared "
+        f"with, paired by token; what gains less than its standard error is not used. {told}."
+    )
+    rows = [
+        (
+            trial.name + (f", {trial.type}" if trial.type else ""),
+            trial.rounding,
+            number(trial.predicted) if trial.predicted is not None else "",
+            with_error(trial.kl) if trial.kl else f"left out: {trial.refused}",
+            f"{with_error(trial.gain)} over {trial.compared}" if trial.gain else "",
+            f"{trial.size_bytes / 1e6:.2f}" if trial.size_bytes else "",
+            f"{trial.seconds:.0f}" if trial.kl else "",
+            "yes" if trial.used else "",
+        )
+        for trial in report.transforms
+    ]
+    yield _table(("transform", "rounding", "KLD predicted", "KLD", "gain", "MB", "s", "used"), rows)
+
+
+def _samples(report: Report) -> Iterable[str]:
+    """What each file answers, beside the source; greedy, so that files can be told apart."""
+    if not report.source.answers:
+        return
+    yield "## Samples"
+    yield (
+        "The model's own held-out questions, answered greedily. *Same* counts the tokens before the first "
+        "that differs from the source's answer."
+    )
+    for number_, true in enumerate(report.source.answers):
+        yield f"> {_one_line(true.question)}"
+        rows = [("source", str(len(true.tokens)), _one_line(true.text))]
+        for file in report.files:
+            answer = file.answers[number_]
+            rows.append((file.type, str(answer.same_as(true)), _one_line(answer.text)))
+        yield _table(("file", "same", "answer"), rows)
+
+
+def _one_line(text: str) -> str:
+    """As a cell of a table, or a quotation, shows it: no markup of its own, line ends as a sign."""
+    shown = html.escape(text.strip(), quote=False)
+    for mark in "\\`*_[]|":
+        shown = shown.replace(mark, "\\" + mark)
+    return " ⏎ ".join(line.strip() for line in shown.splitlines() if line.strip()) or "(nothing)"
 
 
 def _warnings(report: Report) -> Iterable[str]:

@@ -12,14 +12,14 @@ import gguf
 
 from models.gguf import Header, read_header
 from models.lora import Adapter
-from quantize import gguf_file
 from quantize.checkpoint import Checkpoint
 from quantize.families.supported import recognise
-from quantize.floats import Dtype
 from quantize.general import strip_notes, write_general
-from quantize.gguf_file import Progress
+from quantize.gguf_files import writer as gguf_file
+from quantize.gguf_files.floats import Dtype
+from quantize.gguf_files.writer import Progress
 from quantize.plan import Output, main_dtype, match, outputs
-from quantize.vocabulary import Vocabulary, read_vocabulary
+from quantize.tokenizer.vocabulary import Vocabulary, read_vocabulary
 
 __all__ = ["Dtype", "Prepared", "Progress", "convert", "prepare"]
 

@@ -14,6 +14,21 @@ COLUMNS = (
 )  # fmt: skip
 
 
+RECOVERY_COLUMNS = ("type", "chats, rounded", "chats", "text, rounded", "text", "held back", "steps", "file")
+
+
+def recovery_row(file: FileReport) -> tuple[str, ...]:
+    """What training did to one file, a cell a column of RECOVERY_COLUMNS."""
+    recovery = file.recovery
+    if recovery is None:
+        return (file.type, *("-",) * 6, "rounded")
+    found = (recovery.chats_before, file.chats, recovery.text_before, file.text)
+    measured = ("-" if each is None else with_error(each.kl) for each in found)
+    judged = " to ".join(number(each.mean) for each in recovery.judged) or "no better"
+    steps = f"{recovery.trained.best_step} of {recovery.trained.n_steps}"
+    return (file.type, *measured, judged, steps, "trained" if recovery.kept else "rounded")
+
+
 def row(file: FileReport, divergence: Divergence | None) -> tuple[str, ...]:
     """One line of the table, a cell a column of COLUMNS."""
     measured = ("-",) * 5 if divergence is None else _measured(divergence)

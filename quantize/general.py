@@ -12,8 +12,8 @@ import gguf
 import yaml
 
 from quantize.checkpoint import InvalidCheckpoint
-from quantize.floats import Dtype
-from quantize.vocabulary import Vocabulary
+from quantize.gguf_files.floats import Dtype
+from quantize.tokenizer.vocabulary import Vocabulary
 
 FILE_TYPES = {
     "F32": gguf.LlamaFileType.ALL_F32,

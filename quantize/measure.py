@@ -1,7 +1,8 @@
 """Run models over held-out texts and compare what they predict.
 
 The source's log-probabilities lie on disk while candidates are measured, one sequence in memory at a time.
-Both run on the same backend with an f16 KV cache. The arithmetic is `quantize.divergence`'s.
+Both run on the same backend, with an f16 KV cache unless its cost is what is measured. The arithmetic is
+`quantize.divergence`'s.
 """
 
 import shutil
@@ -13,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from engine.llama import Context, Model, evaluate
+from engine.request import KVType
 from models.atomic import whole
-from quantize.conversation import Conversation, Role
+from quantize.calibration.conversation import Conversation, Role
 from quantize.divergence import Divergence, TokenScores, log_softmax, score, summarise
 from quantize.errors import QuantizeError
 
@@ -40,10 +42,17 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """Where models run; the same for the source and for every candidate."""
+    """Where models run; the same for the source and for every candidate.
+
+    `type_k` and `type_v` are the types of cached keys and values. `unified`: one memory for all sequences,
+    in which attention sums in 64 bits, so that the same is computed with other rounding.
+    """
 
     n_threads: int | None = None
     n_gpu_layers: int | None = None
+    type_k: KVType = "f16"
+    type_v: KVType = "f16"
+    unified: bool = False
 
 
 class NoRoomForReference(QuantizeError):
@@ -67,6 +76,17 @@ def passages(conversations: Sequence[Conversation], role: Role) -> list[Passage]
         if positions:
             result.append(Passage(conversation.tokens, tuple(positions)))
     return result
+
+
+def some(texts: Sequence[Passage], n_scored: int) -> list[Passage]:
+    """The first of them, with about so many scored tokens."""
+    taken, count = [], 0
+    for text in texts:
+        if count >= n_scored:
+            break
+        taken.append(text)
+        count += len(text.positions)
+    return taken
 
 
 def write_reference(
@@ -94,16 +114,57 @@ def measure(
     progress: Progress | None = None,
 ) -> Divergence:
     """Compare a candidate with the stored reference over the same texts."""
-    scores: list[TokenScores] = []
+    return summarise(token_scores(candidate, texts, reference, backend=backend, progress=progress))
+
+
+def token_scores(
+    candidate: Path,
+    texts: Sequence[Passage],
+    reference: Path,
+    *,
+    backend: Backend,
+    progress: Progress | None = None,
+) -> list[TokenScores]:
+    """The same token by token, a record a text, for comparing candidates with each other."""
+    return scores_against(candidate, texts, [reference], backend=backend, progress=progress)[0]
+
+
+def scores_against(
+    candidate: Path,
+    texts: Sequence[Passage],
+    references: Sequence[Path],
+    *,
+    backend: Backend,
+    progress: Progress | None = None,
+) -> list[list[TokenScores]]:
+    """Compare a candidate with several stored references, reading the texts once; by reference, by text.
+
+    A reference may go on after the last of the texts.
+    """
+    scores: list[list[TokenScores]] = [[] for _ in references]
     start = 0
     with _opened(candidate, texts, backend) as context:
         n_vocab = context.model.n_vocab
-        stored = np.memmap(reference, np.float32, "r").reshape(-1, n_vocab)
+        stored = [np.memmap(path, np.float32, "r").reshape(-1, n_vocab) for path in references]
         for text, logits in _logits(context, texts, progress):
             end = start + len(text.positions)
-            scores.append(score(stored[start:end], logits, text.targets))
+            for one, found in zip(stored, scores, strict=True):
+                found.append(score(one[start:end], logits, text.targets))
             start = end
-    return summarise(scores)
+    return scores
+
+
+def scores_between(reference: Path, candidate: Path, texts: Sequence[Passage]) -> list[TokenScores]:
+    """Compare two stored predictions, text by text; the candidate's are of just these texts."""
+    n_rows = sum(len(text.positions) for text in texts)
+    other = np.memmap(candidate, np.float32, "r").reshape(n_rows, -1)
+    stored = np.memmap(reference, np.float32, "r").reshape(-1, other.shape[1])
+    found, start = [], 0
+    for text in texts:
+        end = start + len(text.positions)
+        found.append(score(stored[start:end], other[start:end], text.targets))
+        start = end
+    return found
 
 
 @contextmanager
@@ -111,8 +172,11 @@ def _opened(path: Path, texts: Sequence[Passage], backend: Backend) -> Iterator[
     longest = max(len(text.tokens) for text in texts)
     with (
         Model.open(path, n_gpu_layers=backend.n_gpu_layers) as model,
-        Context.open(model, n_ctx=longest, n_batch=min(longest, 512), n_threads=backend.n_threads) as context,
-    ):
+        Context.open(
+            model, n_ctx=longest, n_batch=min(longest, 512), n_threads=backend.n_threads,
+            type_k=backend.type_k, type_v=backend.type_v, unified=backend.unified,
+        ) as context,
+    ):  # fmt: skip
         yield context
 
 

@@ -5,8 +5,10 @@ goes on at the step where it stopped; a run with other parameters redoes only wh
 """
 
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,15 +18,33 @@ from models.atomic import LEFT_BEHIND
 from models.gguf import read_header
 from quantize.card import card
 from quantize.disk import disk_errors
+from quantize.divergence import Estimate
 from quantize.errors import QuantizeError
 from quantize.frame import CannotConverse
-from quantize.plots import divergence_figure, png, speed_figure, svg
-from quantize.report import FileReport, Report, SourceReport, TextReport, divergence_of, to_json, types_of
+from quantize.mixes import chart
+from quantize.plots import divergence_figure, png, speed_figure, svg, tradeoff_figure
+from quantize.recovery.steps import trained_of
+from quantize.report import (
+    FileReport,
+    MixReport,
+    RecoveryReport,
+    Report,
+    SourceReport,
+    TextReport,
+    answers_of,
+    divergence_of,
+    recommended,
+    to_json,
+    trials_of,
+    types_of,
+)
 from quantize.room import refuse_too_small_a_disk
+from quantize.samples import Answer
 from quantize.settings import Progress, Settings, silent
 from quantize.source import is_full_precision
 from quantize.speed import Speed, processor
-from quantize.steps import Ledger, Step, write_bytes, write_text
+from quantize.steps import Facts, Ledger, Step, write_bytes, write_text
+from quantize.structure.report import figures as structure_figures
 from quantize.work import Work
 
 
@@ -67,12 +87,19 @@ class _Run:
         work, settings = self.work, self.settings
         refuse_too_small_a_disk(settings.out, self.ledger.pending(work.steps()))
         source = self._source()
+        for step in work.structure.checks:
+            self.ensure(step)
         text = self._text(work.text, "text")
         calibration = self._text(work.calibration, None)
         evaluation = self._held_out()
+        source = replace(source, answers=self._answers(None))
         importance = self.ensure(work.importance) if work.importance else None
-        made = {kind: self.ensure(work.quantized(kind)) for kind in settings.types}
+        explored = self.ensure(work.transforms.explored) if work.transforms else None
+        made = {kind: self.ensure(work.made(kind)) for kind in settings.labels}
         files = tuple(self._file(kind, facts) for kind, facts in made.items())
+        structure = work.structure.report(
+            self.ensure, self._recorded, self.evaluation, files, recommended(files).type
+        )
         return Report(
             source=source,
             files=files,
@@ -85,8 +112,10 @@ class _Run:
             machine=gpu_name() or processor(),
             n_threads=settings.backend.n_threads or default_threads(),
             versions={**work.versions, "python": platform.python_version()},
+            transforms=trials_of(explored) if explored else (),
             seconds={name: self.ledger.seconds(step) for name, step in self.taken.items()},
             warnings=tuple(self._warnings(source, files, calibration)),
+            structure=structure,
         )
 
     def _source(self) -> SourceReport:
@@ -141,6 +170,10 @@ class _Run:
         chats = self.ensure(work.divergence(kind, held_out, "assistant")) if held_out else None
         text = self.ensure(work.divergence(kind, work.text, "text")) if work.text else None
         speed = self.ensure(work.speed(kind))
+        rounded = work.quantized(kind)
+        recovery = self._recovery(kind, facts) if self.settings.recover else None
+        rounding = self._recorded(rounded)
+        self.taken[rounded.name] = rounded
         return FileReport(
             type=kind,
             file=work.file(kind).name,
@@ -149,8 +182,38 @@ class _Run:
             speed=Speed(**speed),
             chats=divergence_of(chats),
             text=divergence_of(text),
-            warning=facts["warning"],
+            warning=rounding.get("warning"),
+            mix=self._mix(kind, rounding),
+            answers=self._answers(kind),
+            recovery=recovery,
         )
+
+    def _recorded(self, step: Step) -> Facts:
+        """What a step told, even if its file is gone: a rounded one is, once it was trained."""
+        return self.ledger.recorded(step) or self.ensure(step)
+
+    def _recovery(self, kind: str, facts) -> RecoveryReport:
+        """What training did to a file; the rounded one is gone after the run."""
+        work, held_out = self.work, self.evaluation
+        chats = work.divergence(kind, held_out, "assistant", rounded=True) if held_out else None
+        text = work.divergence(kind, work.text, "text", rounded=True) if work.text else None
+        return RecoveryReport(
+            kept=facts["kept"],
+            chats_before=divergence_of(self.ensure(chats)) if chats else None,
+            text_before=divergence_of(self.ensure(text)) if text else None,
+            judged=tuple(Estimate(**each) for each in facts["judged"] or ()),
+            trained=trained_of(facts),
+        )
+
+    def _answers(self, kind: str | None) -> tuple[Answer, ...]:
+        held_out = self.evaluation
+        return answers_of(self.ensure(self.work.samples(kind, held_out)) if held_out else None)
+
+    def _mix(self, label: str, facts) -> MixReport | None:
+        mixes = [budget for budget in self.settings.budgets if budget.label == label]
+        if not mixes:
+            return None
+        return self.work.mixes.report(self.ensure(self.work.mixes.plan(mixes[0])), facts)
 
     def _warnings(
         self, source: SourceReport, files: tuple[FileReport, ...], calibration: TextReport | None
@@ -168,26 +231,48 @@ class _Run:
         for file in files:
             if file.warning:
                 yield file.warning
+            if file.recovery and not file.recovery.kept:
+                yield (
+                    f"{file.type}: training did not lower the divergence on text that was held back, so the "
+                    "file is as it was rounded."
+                )
 
 
 def _write(report: Report, out: Path) -> None:
     """report.md, report.json and the plots, each whole or not at all."""
-    figures = {"divergence": divergence_figure(report), "speed": speed_figure(report)}
+    figures = {
+        "divergence": divergence_figure(report),
+        "tradeoff": tradeoff_figure(report),
+        "speed": speed_figure(report),
+    }
+    figures |= structure_figures(report.structure) if report.structure else {}
     for name, figure in figures.items():
         if figure is not None:
             write_bytes(out / f"{name}.png", png(figure))
             write_bytes(out / f"{name}.svg", svg(figure))
+    for file in report.files:
+        if file.mix is not None:
+            figure = chart.figure(f"{report.source.name}, {file.type}", file.mix.tensors)
+            write_bytes(out / f"types-{file.type}.png", png(figure))
+            write_bytes(out / f"types-{file.type}.svg", svg(figure))
     write_text(out / "report.json", to_json(report))
     write_text(out / "report.md", card(report))
 
 
 def _clear(work: Work) -> None:
     """Remove large intermediate files; what needed them is done."""
-    large = [*work.folder.glob("reference-*.f32"), work.generator_file]
+    large = [*work.folder.glob("reference-*.f32"), *work.folder.glob("rounded-*.gguf"), work.generator_file]
+    large += (work.folder / "recovery").glob("*")
+    large += work.structure.large
     if work.settings.source.kind == "checkpoint" and not work.settings.keep_source:
         large.append(work.source_file)
     for path in large:
         path.unlink(missing_ok=True)
+    if work.settings.budgets:
+        for folder in work.mixes.scratch:
+            shutil.rmtree(folder, ignore_errors=True)
+    if work.transforms is not None:
+        work.transforms.clear()
 
 
 @contextmanager
@@ -196,7 +281,8 @@ def _locked(out: Path) -> Iterator[None]:
     lock = FileLock(out / "work" / ".lock", timeout=0)
     try:
         with lock:
-            for left in (*out.glob(LEFT_BEHIND), *(out / "work").glob(LEFT_BEHIND)):
+            folders = (out, out / "work", out / "work" / "recovery")
+            for left in (path for folder in folders for path in folder.glob(LEFT_BEHIND)):
                 left.unlink()  # by a run that was killed
             yield
     except Timeout:

@@ -18,7 +18,7 @@ from quantize.checkpoint import STORED, Checkpoint, StoredTensor, row_blocks
 from quantize.errors import QuantizeError
 from quantize.families.config import Config
 from quantize.families.recipe import Family, Recipe
-from quantize.floats import ITEM_BYTES, Dtype, dtype_of, from_float32
+from quantize.gguf_files.floats import ITEM_BYTES, Dtype, dtype_of, from_float32
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 #: tables that older checkpoints carry and transformers recomputes

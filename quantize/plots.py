@@ -1,10 +1,10 @@
-"""Two plots of a report: divergence against size, and speed against size, as PNG and SVG bytes.
+"""Plots of a report: divergence against size and against speed, speed against size, as PNG and SVG bytes.
 
 Draws without a display and without global state; decides nothing.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -25,6 +25,30 @@ PLACES = tuple(
 
 def divergence_figure(report: Report) -> Figure | None:
     """Mean KLD with its standard error against megabytes, log scale; None when nothing was measured."""
+    return _pareto(
+        report,
+        "file size (MB, 10^6 bytes)",
+        "divergence against size",
+        lambda file: file.types.size_bytes / 1e6,
+        better=-1,
+    )
+
+
+def tradeoff_figure(report: Report) -> Figure | None:
+    """Mean KLD against tokens written a second; None when nothing was measured."""
+    return _pareto(
+        report,
+        "tokens written a second, one sequence",
+        "divergence against speed",
+        lambda file: file.speed.decode,
+        better=1,
+    )
+
+
+def _pareto(
+    report: Report, xlabel: str, title: str, place: Callable[[FileReport], float], *, better: int
+) -> Figure | None:
+    """Files that no other one beats in both are joined by a line; `better` is the sign of a better place."""
     series = [
         ("self-written chats", ACCENT, [(f, f.chats) for f in report.files if f.chats]),
         ("public text", OTHER, [(f, f.text) for f in report.files if f.text]),
@@ -33,6 +57,7 @@ def divergence_figure(report: Report) -> Figure | None:
     if not drawn:
         return None
     figure, axes = _figure("mean KLD to the source (nats, log scale)")
+    axes.set_xlabel(xlabel, color=INK)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -40,16 +65,36 @@ def divergence_figure(report: Report) -> Figure | None:
     every = [max(d.kl.mean, FLOOR) for _, _, points in drawn for _, d in points]
     axes.set_ylim(min(every) / 2, max(every) * 2)
     for label, colour, points in drawn:
-        sizes = [file.types.size_bytes / 1e6 for file, _ in points]
-        means = [max(d.kl.mean, FLOOR) for _, d in points]
-        errors = [min(d.kl.standard_error or 0.0, 0.9 * m) for (_, d), m in zip(points, means, strict=True)]
-        axes.errorbar(sizes, means, errors, fmt="o", ms=6, capsize=3, color=colour, label=label)
-    axes.legend(frameon=False, loc="upper right")
-    axes.set_title(f"{report.source.name}: divergence against size", loc="left", color=INK)
+        for marker, size, kind, chosen in (
+            ("o", 6, "recipes", [point for point in points if point[0].mix is None]),
+            ("D", 5, "within a budget", [point for point in points if point[0].mix is not None]),
+        ):
+            if chosen:
+                xs = [place(file) for file, _ in chosen]
+                means = [max(d.kl.mean, FLOOR) for _, d in chosen]
+                errors = [
+                    min(d.kl.standard_error or 0.0, 0.9 * m) for (_, d), m in zip(chosen, means, strict=True)
+                ]
+                axes.errorbar(
+                    xs, means, errors, fmt=marker, ms=size, capsize=3, color=colour, label=f"{label}, {kind}"
+                )
+        front = _front([(place(file), max(d.kl.mean, FLOOR)) for file, d in points], better)
+        axes.plot(*zip(*front, strict=True), color=colour, lw=1, alpha=0.4)
+    axes.legend(frameon=False, loc="upper right" if better < 0 else "upper left", fontsize=9)
+    axes.set_title(f"{report.source.name}: {title}", loc="left", color=INK)
     points = drawn[0][2]
     means = [max(d.kl.mean, FLOOR) for _, d in points]
-    _label(axes, [file for file, _ in points], [f.types.size_bytes / 1e6 for f, _ in points], means)
+    _label(axes, [file for file, _ in points], [place(f) for f, _ in points], means)
     return figure
+
+
+def _front(points: Sequence[tuple[float, float]], better: int) -> list[tuple[float, float]]:
+    """The points that no other beats in both, best place first."""
+    found: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (-better * point[0], point[1])):
+        if not found or y < found[-1][1]:
+            found.append((x, y))
+    return found
 
 
 def speed_figure(report: Report) -> Figure:
@@ -100,7 +145,7 @@ def _label(axes, files: Sequence[FileReport], xs: Sequence[float], ys: Sequence[
     """Name each point where its label hits no other label and no point; a line leads to those further off."""
     canvas = FigureCanvasAgg(axes.figure)
     canvas.draw()  # lays the axes out, so that points have places in pixels
-    dots = [line.get_xydata() for line in axes.lines if line.get_marker() == "o"]
+    dots = [line.get_xydata() for line in axes.lines if line.get_marker() in ("o", "D")]
     points = [(x, y) for line in dots for x, y in line]
     taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in axes.transData.transform(points)]
     taken += [Text.get_window_extent(text, canvas.get_renderer()) for text in axes.texts]

@@ -11,14 +11,39 @@ from typing import Literal
 
 from models.gguf import read_header
 from models.lora import Adapter
+from quantize.calibration.texts import read_text
 from quantize.describe import Description, describe_checkpoint, describe_gguf
 from quantize.errors import QuantizeError
 from quantize.frame import CannotConverse
+from quantize.gguf_files.tensor_types import tensor_type
+from quantize.gguf_files.types import DEFAULT_TYPES, refuse_without_importance
 from quantize.measure import Backend
-from quantize.pretokenizer import check_name
+from quantize.mixes.allocate import Objective
+from quantize.mixes.budget import Budget
+from quantize.network.shape import read_shape
 from quantize.source import Source, UnusableSource, is_full_precision
-from quantize.texts import read_text
-from quantize.types import DEFAULT_TYPES, refuse_without_importance
+from quantize.tokenizer.pretokenizer import check_name
+
+
+class NeedsCalibration(QuantizeError):
+    """A budget without a text to measure by."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "--calibration none gives no text to measure by what each tensor loses, which a budget is spent "
+            "by; use --calibration self or a text file, or ask for --types"
+        )
+
+
+class NeedsText(QuantizeError):
+    """Recovery without a text to train on."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "--calibration none gives no text for --recover to train on; use --calibration self or a text "
+            "file, or leave --recover out"
+        )
+
 
 #: (what is being done, done, in all or None when unknown)
 Progress = Callable[[str, int, int | None], None]
@@ -30,7 +55,9 @@ def silent(_what: str, _done: int, _total: int | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One run. Token counts: `calibration_tokens` read in all, `eval_tokens` scored."""
+    """One run. Token counts: `calibration_tokens` read in all, `eval_tokens` scored. `times`: where what
+    types take on this machine is kept for all runs; None: with the run. `explore`: a tensor type that
+    transforms of the source are tried with; None: none are."""
 
     source: Source
     out: Path
@@ -40,13 +67,25 @@ class Settings:
     calibration_tokens: int = 16_384
     eval_tokens: int = 8_192
     eval_text: Path | None = None
+    budgets: tuple[Budget, ...] = ()
+    objective: Objective = "size"
+    explore: str | None = None
+    recover: bool = False
+    prune_layers: int | Literal["auto"] | None = None
+    kv_cache: bool = False
     seed: int = 0
     pre: str | None = None
     keep_source: bool = False
     allow_requantize: bool = False
     n_parallel: int = 16
+    times: Path | None = None
     backend: Backend = field(default_factory=Backend)
     command: str = ""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The files to make: types, then budgets."""
+        return (*self.types, *(budget.label for budget in self.budgets))
 
     def check(self) -> Description:
         """What the source is; raises for what cannot work, before anything is hashed or written."""
@@ -63,10 +102,13 @@ class Settings:
 
     def check_options(self) -> None:
         """Raise for what no source could make right, so that none is fetched for it."""
-        if not self.types:
-            raise QuantizeError("--types: no type is named")
+        if not self.labels:
+            raise QuantizeError("--types: no type is named, and no budget given by --size or the like")
+        self._check_objective()
         if self.calibration == "none":
-            refuse_without_importance(self.types)
+            self._check_without_text()
+        if self.explore is not None:
+            tensor_type(self.explore)
         for name, value, least in (
             ("--calibration-tokens", self.calibration_tokens, 256),
             ("--eval-tokens", self.eval_tokens, 64),
@@ -84,6 +126,32 @@ class Settings:
             Adapter.open(self.adapter)
         self._check_out()
 
+    def _check_objective(self) -> None:
+        """llama.cpp's recipes are what they are: only a mix can be chosen for speed."""
+        if self.objective != "size" and not self.budgets:
+            raise QuantizeError(
+                f"--objective {self.objective} chooses among mixes, and no budget is given; add --size, "
+                "--bits-per-weight or --fit, or leave it out"
+            )
+
+    def _check_without_text(self) -> None:
+        """Much needs a calibration text."""
+        refuse_without_importance(self.types)
+        if self.budgets:
+            raise NeedsCalibration
+        if self.recover:
+            raise NeedsText
+        if self.prune_layers is not None:
+            raise QuantizeError(
+                "--calibration none gives no text to measure by what layers matter; use --calibration "
+                "self or a text file, or leave out --prune-layers"
+            )
+        if self.explore is not None:
+            raise QuantizeError(
+                "--explore tries transforms on calibration text, and --calibration none gives none; use "
+                "--calibration self or a text file"
+            )
+
     def _check_out(self) -> None:
         """The folder is there, or can be made in the nearest one that is."""
         nearest = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
@@ -98,6 +166,8 @@ class Settings:
             raise UnusableSource(
                 given, "--lora is merged into a checkpoint, and this is a GGUF; give its folder"
             )
+        if self.recover:
+            read_shape(read_header(self.source.path))
         if self.pre is not None:
             raise UnusableSource(
                 given, "--pre is for converting a checkpoint, and this is a GGUF; leave it out"

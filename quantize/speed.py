@@ -31,9 +31,10 @@ def measure_speed(path: Path, *, backend: Backend) -> Speed:
     with (
         Model.open(path, n_gpu_layers=backend.n_gpu_layers) as model,
         Context.open(
-            model, n_ctx=n_ctx, n_batch=PREFILL_TOKENS, n_threads=backend.n_threads, n_outputs_max=1
+            model, n_ctx=n_ctx, n_batch=PREFILL_TOKENS, n_threads=backend.n_threads, n_outputs_max=1,
+            type_k=backend.type_k, type_v=backend.type_v,
         ) as context,
-    ):
+    ):  # fmt: skip
         token = min(model.n_vocab - 1, 100)
         runs = [_run(context, token) for _ in range(RUNS + 1)][1:]
     read, written = zip(*runs, strict=True)

@@ -59,6 +59,11 @@ class Ledger:
             return None
         return record["facts"]
 
+    def recorded(self, step: Step) -> Facts | None:
+        """The same, even where its outputs were deleted since."""
+        record = self._read(step.name)
+        return record["facts"] if record is not None and record["key"] == step.key else None
+
     def ensure(self, step: Step) -> Facts:
         """Run a step, and what it needs, unless its manifest says it is done."""
         facts = self.facts(step)

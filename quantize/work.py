@@ -5,30 +5,36 @@ One method a step; `quantize.steps` decides which of them run. The order and the
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from models.gguf import read_header
 from models.lora import Adapter
-from quantize import calibrate, filters
-from quantize.calibrate import Plan, Purpose
-from quantize.child import quantize
-from quantize.conversation import Role, read
+from quantize.calibration import calibrate, filters
+from quantize.calibration.calibrate import Plan, Purpose
+from quantize.calibration.conversation import Role, read
+from quantize.calibration.importance import collect
+from quantize.calibration.texts import WINDOW, Written, cut_text, write_conversations
 from quantize.convert import convert
 from quantize.describe import Description
 from quantize.frame import VARIABLES
-from quantize.importance import collect
+from quantize.gguf_files.child import quantize
+from quantize.gguf_files.typemap import fallback_warning, read_types
+from quantize.gguf_files.types import Order
 from quantize.measure import Passage, measure, passages, write_reference
+from quantize.mixes.steps import Mixes, Request
+from quantize.recovery.steps import Recoveries
 from quantize.room import least_bytes
+from quantize.samples import N_QUESTIONS, N_TOKENS, answers
 from quantize.settings import Progress, Settings
 from quantize.source import digest
 from quantize.speed import measure_speed
 from quantize.steps import Facts, Step
-from quantize.texts import WINDOW, Written, cut_text, write_conversations
-from quantize.typemap import fallback_warning, read_types
-from quantize.types import Order
+from quantize.structure.steps import Structure
+from quantize.transforms.steps import Request as TransformsRequest
+from quantize.transforms.steps import Transforms
 
 #: How texts are made; a change makes them anew.
 TEXT_RULES = {
@@ -96,7 +102,7 @@ class Work:
 
     @property
     def _threads(self) -> tuple[int | None, int | None]:
-        return dataclasses.astuple(self.settings.backend)
+        return self.settings.backend.n_threads, self.settings.backend.n_gpu_layers
 
     @cached_property
     def generator(self) -> Step:
@@ -187,7 +193,13 @@ class Work:
         """The importance matrix, in llama.cpp's own format."""
         if self.calibration is None:
             return None
-        return Step("importance", self._collect, {}, (self.source, self.calibration), (self.matrix_file,))
+        needs = (self.structure.weights, self.calibration)
+        return Step("importance", self._collect, {}, needs, (self.matrix_file,))
+
+    @cached_property
+    def structure(self) -> Structure:
+        """Which layers and tensors the files are made of, and what is told of them."""
+        return Structure(self)
 
     @property
     def matrix_file(self) -> Path:
@@ -197,7 +209,7 @@ class Work:
     def _collect(self) -> Facts:
         backend = self.settings.backend
         matrix = collect(
-            self.source_file,
+            self.structure.weights_file,
             [conversation.tokens for conversation in read(self.text_file("calibration"))],
             dataset="calibration.jsonl",
             n_threads=backend.n_threads,
@@ -211,20 +223,109 @@ class Work:
         """Where the file of a type lies."""
         return self.settings.out / self.settings.source.file_name(kind)
 
+    @cached_property
+    def transforms(self) -> Transforms | None:
+        """The steps to a changed source that files are made from; None where none is to be tried."""
+        if self.settings.explore is None:
+            return None
+        assert self.calibration is not None
+        assert self.importance is not None
+        request = TransformsRequest(
+            source=self.structure.weights_file,
+            folder=self.folder / "transforms",
+            calibration=self.text_file("calibration"),
+            matrix=self.matrix_file,
+            type=self.settings.explore,
+            rounding="best" if self.settings.budgets else "nearest",
+            role=self._calibration_role,
+            seed=self.settings.seed,
+            backend=self.settings.backend,
+            progress=self.progress,
+        )
+        return Transforms(request, (self.structure.weights, self.calibration, self.importance))
+
+    @property
+    def _calibration_role(self) -> Role:
+        return "assistant" if self.settings.calibration == "self" else "text"
+
+    @property
+    def _made_from(self) -> tuple[Path, Path | None]:
+        """The GGUF that files are made from, and its importance matrix."""
+        if self.transforms is not None:
+            return self.transforms.file, self.transforms.matrix
+        return self.structure.weights_file, None if self.importance is None else self.matrix_file
+
+    @cached_property
+    def mixes(self) -> Mixes:
+        """The steps to the files that have a budget."""
+        assert self.calibration is not None
+        assert self.importance is not None
+        calibration, role, changes = self.calibration, self._calibration_role, self.transforms
+        request = Request(
+            source=self._made_from[0],
+            folder=self.folder,
+            matrix=self._made_from[1] or self.matrix_file,
+            objective=self.settings.objective,
+            backend=self.settings.backend,
+            progress=self.progress,
+            passages=lambda: self.passages(calibration, role),
+            times=self.settings.times or self.folder / "kernel-times.json",
+            finish=None if changes is None else changes.finish,
+            lattices=self.structure.known_lattices if changes is None else dict,
+        )
+        if changes is not None:
+            return Mixes(request, (changes.changed, calibration, changes.changed))
+        return Mixes(request, (self.structure.weights, calibration, self.importance, self.structure.lattices))
+
+    @cached_property
+    def recoveries(self) -> Recoveries:
+        """The steps that train what was rounded."""
+        assert self.calibration is not None
+        return Recoveries(
+            source=self.source_file,
+            texts=self.text_file("calibration"),
+            folder=self.folder,
+            backend=self.settings.backend,
+            progress=self.progress,
+            ready=(self.source, self.calibration),
+        )
+
+    def made(self, kind: str) -> Step:
+        """One of the files, as the user gets it: of a type, or of a budget's label."""
+        rounded = self.quantized(kind)
+        return self.recoveries.step(kind, rounded, self.file(kind)) if self.settings.recover else rounded
+
+    def rounded_file(self, kind: str) -> Path:
+        """Where a file lies once it is rounded; where it is trained afterwards, only meanwhile."""
+        return self.folder / f"rounded-{kind}.gguf" if self.settings.recover else self.file(kind)
+
     def quantized(self, kind: str) -> Step:
-        """One of the files."""
-        needs = (self.source,) if self.importance is None else (self.source, self.importance)
+        """One of the files, rounded."""
+        for budget in self.settings.budgets:
+            if budget.label == kind:
+                return self.mixes.file(budget, self.rounded_file(kind))
+        structure = self.structure
+        needs = (structure.weights, structure.lattices, *([self.importance] if self.importance else []))
+        if self.transforms is not None:
+            needs = (self.transforms.changed,)
         parameters = {"type": kind, "allow_requantize": self.settings.allow_requantize}
         size = least_bytes(kind, self.description)
-        return Step(f"quantize-{kind}", lambda: self._make(kind), parameters, needs, (self.file(kind),), size)
+        out = self.rounded_file(kind)
+        return Step(f"quantize-{kind}", lambda: self._make(kind), parameters, needs, (out,), size)
 
     def _make(self, kind: str) -> Facts:
-        out = self.file(kind)
-        importance = None if self.importance is None else self.matrix_file
-        fallbacks = self._quantize(Order(self.source_file, out, kind, importance), kind)
+        source, importance = self._made_from
+        order = Order(source, self.rounded_file(kind), kind, importance)
+        out, fallbacks, packed = order.out, self._quantize(order, kind), []
+        if self.transforms is not None:
+            self.transforms.finish(out)
+        else:
+            again = partial(self._quantize, what=kind)
+            fallbacks, packed = self.structure.pack(order, fallbacks, again)
         types = read_types(out)
         warning = fallback_warning(kind, fallbacks, types)
-        return {"sha256": digest(out), "types": dataclasses.asdict(types), "warning": warning}
+        facts = {"sha256": digest(out), "types": dataclasses.asdict(types), "warning": warning}
+        return {**facts, "packed": packed}
 
     def _quantize(self, order: Order, what: str):
         ready = dataclasses.replace(
@@ -260,14 +361,15 @@ class Work:
             return min(self.settings.eval_tokens, text.stat().st_size // 16)
         return self.settings.eval_tokens
 
-    def divergence(self, kind: str, texts: Step, role: Role) -> Step:
-        """How far one file is from the source over some texts."""
+    def divergence(self, kind: str, texts: Step, role: Role, *, rounded: bool = False) -> Step:
+        """How far one file is from the source over some texts. `rounded`: before it was trained."""
         reference = self.reference(texts, role)
+        file = self.quantized(kind) if rounded else self.made(kind)
 
         def make() -> Facts:
             ticker = self._ticker(f"measuring {kind}")
             found = measure(
-                self.file(kind),
+                file.outputs[0],
                 self.passages(texts, role),
                 reference.outputs[0],
                 backend=self.settings.backend,
@@ -275,7 +377,8 @@ class Work:
             )
             return dataclasses.asdict(found)
 
-        return Step(f"divergence-{texts.name}-{kind}", make, {}, (reference, texts, self.quantized(kind)))
+        name = f"rounded-{kind}" if rounded else kind
+        return Step(f"divergence-{texts.name}-{name}", make, {}, (reference, texts, file))
 
     def speed(self, kind: str) -> Step:
         """How fast one file runs here."""
@@ -284,17 +387,36 @@ class Work:
             self.progress(f"timing {kind}", 0, None)
             return dataclasses.asdict(measure_speed(self.file(kind), backend=self.settings.backend))
 
-        return Step(f"speed-{kind}", make, {"threads": self._threads}, (self.quantized(kind),))
+        return Step(f"speed-{kind}", make, {"threads": self._threads}, (self.made(kind),))
+
+    def samples(self, kind: str | None, texts: Step) -> Step:
+        """What one file, None: the source, answers to a few held-out questions."""
+
+        def make() -> Facts:
+            self.progress(f"asking {kind or 'the source'}", 0, None)
+            path = self.file(kind) if kind else self.source_file
+            found = answers(path, read(self.text_file(texts.name)), backend=self.settings.backend)
+            return {"answers": [dataclasses.asdict(answer) for answer in found]}
+
+        made = self.made(kind) if kind else self.source
+        rules = {"questions": N_QUESTIONS, "tokens": N_TOKENS, "threads": self._threads}
+        return Step(f"samples-{kind or 'source'}", make, rules, (made, texts))
 
     def steps(self) -> list[Step]:
         """What the report is made of, all that it needs following from it."""
         held_out, text = self.evaluation, self.text
         found = [self.facts, self.calibration, held_out, text, self.importance]
-        for kind in self.settings.types:
-            found += [self.quantized(kind), self.speed(kind)]
-            found.append(self.divergence(kind, held_out, "assistant") if held_out else None)
-            found.append(self.divergence(kind, text, "text") if text else None)
-        return [step for step in found if step]
+        found.append(self.transforms.changed if self.transforms else None)
+        found.append(self.samples(None, held_out) if held_out else None)
+        for kind in self.settings.labels:
+            found += [self.made(kind), self.speed(kind)]
+            found.append(self.samples(kind, held_out) if held_out else None)
+            for rounded in (False, True)[: 1 + self.settings.recover]:
+                found.append(
+                    self.divergence(kind, held_out, "assistant", rounded=rounded) if held_out else None
+                )
+                found.append(self.divergence(kind, text, "text", rounded=rounded) if text else None)
+        return [step for step in [*self.structure.steps(), *found] if step]
 
     def passages(self, texts: Step, role: Role) -> list[Passage]:
         """What a text step wrote, with the tokens of one role scored."""

@@ -28,7 +28,7 @@ def main() -> None:
     runtime = ROOT / "requirements.lock"
     extras = ("--extra", "korean", "--extra", "build")
     runtime.write_text(HEADER + resolve(*extras), "utf-8")
-    everything = resolve(*extras, "--extra", "dev", "--constraint", runtime.name)
+    everything = resolve(*extras, "--extra", "tune", "--extra", "dev", "--constraint", runtime.name)
     Path(ROOT, "requirements-dev.lock").write_text(HEADER + everything, "utf-8")
 
 

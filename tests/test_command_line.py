@@ -11,7 +11,7 @@ import pytest
 from lq.main import COMMANDS, is_expected
 
 LQ = Path(sys.executable).with_name("lq")
-NAMES = ("pull", "list", "show", "rm", "quantize", "index", "search", "ask", "serve", "demo", "bench")
+NAMES = ("pull", "list", "show", "rm", "quantize", "tune", "index", "search", "ask", "serve", "demo", "bench")
 HEAVY = (
     "torch",
     "llama_cpp",

@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarks.quantizing.hull import Point, at, lower_hull
 from benchmarks.quantizing.stock import Measured, Yard
 from quantize.figures import with_error
+from quantize.gguf_files.types import parse_types
 from quantize.measure import Backend
-from quantize.types import parse_types
 
 RECIPES = (
     "Q8_0,Q6_K,Q5_K_M,Q5_K_S,Q5_1,Q5_0,Q4_K_M,Q4_K_S,Q4_1,Q4_0,IQ4_NL,IQ4_XS,"

@@ -10,15 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.child import quantize
-from quantize.conversation import Role, read
+from quantize.calibration.conversation import Role, read
 from quantize.divergence import Divergence
+from quantize.gguf_files.child import quantize
+from quantize.gguf_files.types import Order
 from quantize.measure import Backend, Passage, measure, passages, write_reference
 from quantize.report import divergence_of
 from quantize.source import digest
 from quantize.speed import measure_speed
 from quantize.steps import write_text
-from quantize.types import Order
 
 TEXTS: Mapping[str, Role] = {"evaluation": "assistant", "text": "text"}
 Say = Callable[[str], None]
@@ -60,12 +60,18 @@ class Yard:
 
     def recipe(self, kind: str, matrix_name: str, matrix: Path) -> Measured:
         """llama.cpp's own recipe with an importance matrix."""
-        name = f"{kind}, {matrix_name}"
+        threads = self.backend.n_threads or 0
+        return self.once(
+            f"{kind}, {matrix_name}", lambda out: _quantize(Order(self.source, out, kind, matrix, threads))
+        )
+
+    def once(self, name: str, make: Callable[[Path], None]) -> Measured:
+        """A file that `make` writes where it is told to, measured, deleted; unless that was done before."""
         if (known := self._known(name)) is not None:
             return known
-        out = self.out / f"{kind}-{matrix_name}.gguf"
+        out = self.out / "candidate.gguf"
         self.say(f"making {name}")
-        quantize(Order(self.source, out, kind, matrix, self.backend.n_threads or 0))
+        make(out)
         try:
             return self._measure(name, out)
         finally:
@@ -105,3 +111,7 @@ class Yard:
     def _kept(self) -> dict[str, dict]:
         path = self.out / "measured.json"
         return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def _quantize(order: Order) -> None:
+    quantize(order)

@@ -90,8 +90,8 @@ def prepared_model(store: Store) -> Model:
     values to within a few thousandths. A model of your own starts from full precision: `lq quantize`.
     """
     from lq.progress import transfer_progress
-    from quantize.child import quantize
-    from quantize.types import Order
+    from quantize.gguf_files.child import quantize
+    from quantize.gguf_files.types import Order
     from server.settings import Model
 
     with transfer_progress() as progress:

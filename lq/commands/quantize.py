@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
@@ -18,9 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from models.store import Store
-    from quantize.report import FileReport, Report
+    from quantize.report import Report
     from quantize.settings import Progress, Settings
 
+Objective = Literal["size", "speed", "balanced"]
 DEFAULT_TYPES = "Q8_0,Q6_K,Q5_K_M,Q4_K_M,Q4_0,IQ4_NL,Q3_K_M,Q2_K"
 
 
@@ -39,8 +39,74 @@ def quantize(
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the files and the report.")],
     types: Annotated[
-        str, typer.Option("--types", metavar="A,B", help="Types to make, any that llama.cpp knows.")
-    ] = DEFAULT_TYPES,
+        str | None,
+        typer.Option(
+            "--types",
+            metavar="A,B",
+            help=f"Types to make, any that llama.cpp knows; {DEFAULT_TYPES} where no budget is given.",
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size",
+            metavar="95MB,105MB",
+            help="The most faithful files of at most these bytes; none.",
+        ),
+    ] = None,
+    bits_per_weight: Annotated[
+        str | None,
+        typer.Option(
+            "--bits-per-weight",
+            metavar="4.5,3.8",
+            help="The same by bits a weight, all tensors counted; none.",
+        ),
+    ] = None,
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit",
+            help="The same, leaving room for the KV cache on this machine; off by default.",
+        ),
+    ] = False,
+    recover: Annotated[
+        bool,
+        typer.Option(
+            "--recover",
+            help="Train norms and block scales after rounding, on the calibration text; off by default.",
+        ),
+    ] = False,
+    objective: Annotated[
+        Objective,
+        typer.Option(
+            "--objective",
+            help="What files within a budget are chosen for: closeness, speed here, or both.",
+        ),
+    ] = "size",
+    explore: Annotated[
+        str | None,
+        typer.Option(
+            "--explore",
+            metavar="TYPE",
+            help="Try scalings, rotations and the like of the source, rounded to a tensor type; none.",
+        ),
+    ] = None,
+    prune_layers: Annotated[
+        str | None,
+        typer.Option(
+            "--prune-layers",
+            metavar="N|auto",
+            help="Leave out N whole layers, those without which predictions change least; auto: only as many "
+            "as cost less for their bytes than smaller types do; none by default.",
+        ),
+    ] = None,
+    kv_cache: Annotated[
+        bool,
+        typer.Option(
+            "--kv-cache",
+            help="Measure the file to serve with each type of cached keys and values; off by default.",
+        ),
+    ] = False,
     lora: Annotated[
         str | None,
         typer.Option("--lora", metavar="ADAPTER", help="PEFT adapter to merge: store name or folder; none."),
@@ -94,17 +160,31 @@ def quantize(
     A run that is interrupted goes on where it stopped when the same command is given again.
     """
     from models.store import Store
+    from quantize.gguf_files.types import parse_types
     from quantize.measure import Backend
+    from quantize.mixes.budget import FIT, parse_bits_per_weight, parse_sizes
     from quantize.report import to_json
     from quantize.settings import Settings
     from quantize.source import named, unseen
-    from quantize.types import parse_types
+    from quantize.structure.search import parse_layers
 
     store = Store.default()
+    budgets = (
+        *(parse_sizes(size) if size else ()),
+        *(parse_bits_per_weight(bits_per_weight) if bits_per_weight else ()),
+        *((FIT,) if fit else ()),
+    )
     settings = Settings(
         source=named(unseen(source), name),
         out=out.expanduser().absolute(),
-        types=parse_types(types),
+        types=parse_types(types or DEFAULT_TYPES) if types or not budgets else (),
+        budgets=budgets,
+        objective=objective,
+        explore=explore,
+        recover=recover,
+        prune_layers=parse_layers(prune_layers) if prune_layers is not None else None,
+        kv_cache=kv_cache,
+        times=store.root / "kernel-times.json",
         adapter=store.resolve_adapter(lora) if lora else None,
         calibration=_calibration(calibration),
         calibration_tokens=calibration_tokens,
@@ -123,16 +203,17 @@ def quantize(
 
 def _run(settings: Settings, store: Store, name: str | None, *, to_store: bool) -> tuple[Settings, Report]:
     """Find the source, quantize, store; what cannot work is refused before the step that it would waste."""
+    from lq.progress import task_progress
     from models.source import disk_errors
     from quantize import pipeline
     from quantize.source import find, named
 
     settings.check_options()
-    with _progress() as progress:
+    with task_progress() as progress:
         found = named(find(settings.source.given, store=store, progress=progress), name)
         settings = replace(settings, source=found)
         if to_store:
-            for kind in settings.types:
+            for kind in settings.labels:
                 store.check_free(settings.out / found.file_name(kind), name=found.store_name(kind))
         report = pipeline.run(settings, progress=progress)
         if to_store:
@@ -155,25 +236,32 @@ def _store(store: Store, report: Report, settings: Settings, progress: Progress)
 
 def _show(report: Report, out: Path) -> None:
     """The table, the warnings and what to do next."""
-    from quantize.figures import COLUMNS, row
+    from quantize.figures import COLUMNS, RECOVERY_COLUMNS, recovery_row, row
+    from quantize.report import recommended
 
     if report.evaluation:
         _table("on held-out self-written chats", COLUMNS, [row(file, file.chats) for file in report.files])
     if report.text:
         _table(f"on {report.text.origin}", COLUMNS, [row(file, file.text) for file in report.files])
+    if recovered := [recovery_row(file) for file in report.files if file.recovery]:
+        _table("mean KLD before and after training", RECOVERY_COLUMNS, recovered)
     for warning in report.warnings:
         print(f"note: {warning}")
+    for sentence in _structure(report):
+        print(f"note: {sentence}")
     print(f"report: {out / 'report.md'}")
-    print(f"serve one: lq serve {out / _recommended(report.files).file}")
+    print(f"serve one: lq serve {out / recommended(report.files).file}")
 
 
-def _recommended(files: tuple[FileReport, ...]) -> FileReport:
-    """The smallest file that is still close to the source (mean KLD under 0.1), else the closest."""
-    measured = [(file.divergence.kl.mean, file) for file in files if file.divergence]
-    close = [file for mean, file in measured if mean < 0.1]
-    if close:
-        return min(close, key=lambda file: file.types.size_bytes)
-    return min(measured, key=lambda pair: pair[0])[1] if measured else files[0]
+def _structure(report: Report) -> Iterator[str]:
+    """What was found out about layers and the KV cache, in a sentence each."""
+    from quantize.kv_cache.report import advice
+    from quantize.structure.prune_report import summary
+
+    if report.structure and report.structure.layers:
+        yield summary(report.structure.layers)
+    if report.structure and report.structure.cache:
+        yield advice(report.structure.cache).replace("**", "").replace("`", "")
 
 
 def _table(title: str, names: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
@@ -190,41 +278,3 @@ def _table(title: str, names: tuple[str, ...], rows: list[tuple[str, ...]]) -> N
     for cells in rows:
         table.add_row(*cells)
     Console().print(table)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar for what is being done, on stderr, where that is a terminal; else one line a task."""
-    if not sys.stderr.isatty():
-        yield _Lines()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("starting", total=None)
-        current = ""
-
-        def show(what: str, done: int, total: int | None) -> None:
-            nonlocal current
-            heading = what.partition(":")[0]
-            if heading != current:
-                current = heading
-                bars.reset(task, total=total, description=what)
-            bars.update(task, description=what[:60], completed=done, total=total)
-
-        yield show
-
-
-class _Lines:
-    """Progress where no one watches: each task is named once on stderr."""
-
-    def __init__(self) -> None:
-        self.current = ""
-
-    def __call__(self, what: str, _done: int, _total: int | None) -> None:
-        heading = what.partition(":")[0]
-        if heading != self.current:
-            self.current = heading
-            print(heading, file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from server.settings import Model, Settings
 
 
-CellType = Literal["auto", "f32", "bf16", "f16", "q8_0", "q4_0"]
+CellType = Literal["auto", "f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 #: Options of what a request gets. They are for models that write text; where none does, for the others.
 SHAPE_OPTIONS = ("n_ctx", "n_parallel")
 
@@ -73,7 +73,7 @@ def serve(
         CellType | None,
         typer.Option(
             help="Type of cached keys; auto by default: f16, or q8_0 where the context does not fit with f16 "
-            "(q4_0 only for a context that was given)."
+            "(q4_0 only for a context that was given). What each costs: lq quantize --kv-cache."
         ),
     ] = None,
     kv_type_v: Annotated[

@@ -153,7 +153,7 @@ MISTRAL_CONTROLS = ("[INST]", "[/INST]", "[TOOL_CALLS]", *(f"[control_{i}]" for 
 @pytest.fixture(scope="session")
 def mistral_v3_model(tokenizer_dir) -> bytes:
     """A tokenizer.model as Mistral 7B v0.3's: Llama 2's pieces with control tokens after the first three."""
-    from quantize.vocabulary import read_vocabulary
+    from quantize.tokenizer.vocabulary import read_vocabulary
 
     llama = read_vocabulary(tokenizer_dir("llama2"), n_vocab=32_000, config={}).pieces
     pieces = [(piece.text, piece.score, min(int(piece.type), 6)) for piece in llama]

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quantize import mixing
-from quantize.allocate import (
+from quantize.mixes import mixing
+from quantize.mixes.allocate import (
     ALLOWANCE,
     Allocation,
     BudgetTooSmall,
@@ -20,7 +20,7 @@ from quantize.allocate import (
     allocate,
     speed_weight,
 )
-from quantize.interactions import estimated_shrinkage, vectors
+from quantize.mixes.interactions import estimated_shrinkage, vectors
 
 BITS = {"Q2": 2.6, "Q3": 3.4, "Q4": 4.5, "Q4_1": 5.0, "Q5": 5.5, "Q6": 6.6, "Q8": 8.5}
 #: Milliseconds a byte, odd ones for the types that are slow for their size.
@@ -348,8 +348,14 @@ def test_the_front_keeps_what_no_other_choice_beats():
 
 @pytest.mark.parametrize("name", ["allocate", "mixing", "interactions"])
 def test_it_knows_no_files_no_models_and_no_clock(name):
-    tree = ast.parse((Path(__file__).parents[2] / "quantize" / f"{name}.py").read_text("utf-8"))
+    tree = ast.parse((Path(__file__).parents[2] / "quantize" / "mixes" / f"{name}.py").read_text("utf-8"))
     found = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     found |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    ours = {"quantize", "quantize.errors", "quantize.interactions", "quantize.mixing"}
+    ours = {
+        "quantize",
+        "quantize.mixes",
+        "quantize.errors",
+        "quantize.mixes.interactions",
+        "quantize.mixes.mixing",
+    }
     assert found <= {"numpy", "dataclasses", "collections.abc", "typing", *ours}

@@ -10,12 +10,12 @@ import pytest
 from models.footprint import footprint, pieces_of
 from models.gguf import read_header
 from models.placement import Bytes, n_layers
-from quantize import budget as budgets
-from quantize.allocate import Choice, Tensor, allocate
-from quantize.budget import Budget, InvalidBudget, fit, parse_bits_per_weight, parse_sizes, room
 from quantize.convert import convert
-from quantize.mixed_file import ImportanceNote, MixedSource, Parts, Rows, write_mixed
-from quantize.typemap import read_types
+from quantize.gguf_files.mixed_file import ImportanceNote, MixedSource, Parts, Rows, write_mixed
+from quantize.gguf_files.typemap import read_types
+from quantize.mixes import budget as budgets
+from quantize.mixes.allocate import Choice, Tensor, allocate
+from quantize.mixes.budget import Budget, InvalidBudget, fit, parse_bits_per_weight, parse_sizes, room
 from server import machine, model_settings, placing, shape
 
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16")

@@ -7,10 +7,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from engine.request import Delta, Done, EngineError, GenerationRequest
-from quantize.calibrate import TEMPERATURES, NoUsableText, Plan, converse
-from quantize.conversation import Conversation, Journal, Span, read, windows
+from quantize.calibration.calibrate import TEMPERATURES, NoUsableText, Plan, converse
+from quantize.calibration.conversation import Conversation, Journal, Span, read, windows
+from quantize.calibration.filters import Seen, fault, repeated_share
 from quantize.errors import QuantizeError
-from quantize.filters import Seen, fault, repeated_share
 from quantize.frame import Frame, NothingToBeginFrom, UnusableTemplate, why_mute
 from quantize.measure import passages
 

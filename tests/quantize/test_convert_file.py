@@ -14,9 +14,9 @@ import pytest
 
 from models.gguf import read_header
 from models.tensor_types import TensorType
-from quantize import gguf_file
 from quantize.convert import convert
 from quantize.disk import DiskFull
+from quantize.gguf_files import writer as gguf_file
 
 ROOT = Path(__file__).parents[2]
 

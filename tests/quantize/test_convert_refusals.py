@@ -13,9 +13,9 @@ from quantize.convert import convert
 from quantize.describe import describe_checkpoint
 from quantize.families.config import UnsupportedConfig
 from quantize.families.supported import UnsupportedArchitecture
-from quantize.pieces import UnsupportedTokenizer
 from quantize.plan import TensorMismatch, ValueOutOfRange
-from quantize.tokenizer_files import MissingTokenizer
+from quantize.tokenizer.files import MissingTokenizer
+from quantize.tokenizer.pieces import UnsupportedTokenizer
 
 WEIGHTS = "model.safetensors"
 

@@ -12,12 +12,12 @@ from lq.commands import quantize as command
 from models.errors import ModelsError
 from models.store import NameTaken, Store
 from quantize import room, source
+from quantize.calibration.texts import UnusableText
 from quantize.describe import Description, describe_checkpoint, describe_gguf
 from quantize.errors import QuantizeError
+from quantize.gguf_files.types import FTYPES
 from quantize.pipeline import run
 from quantize.room import NoRoom, least_bytes
-from quantize.texts import UnusableText
-from quantize.types import FTYPES
 
 Usage = namedtuple("Usage", "total used free")
 ALICE = Path(__file__).parent / "golden" / "alice.txt"

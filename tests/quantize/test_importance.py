@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from engine.llama import Model
+from quantize.calibration.imatrix import Entry, ImportanceMatrix, InvalidMatrix
+from quantize.calibration.importance import EMBEDDING, Collector, collect
 from quantize.convert import convert
-from quantize.imatrix import Entry, ImportanceMatrix, InvalidMatrix
-from quantize.importance import EMBEDDING, Collector, collect
 
 GOLDEN = Path(__file__).parent / "golden"
 CHUNK = 256
@@ -95,7 +95,7 @@ def test_stacked_matrices_keep_their_own_sums():
 def test_untied_lookup_weighs_columns_by_the_tokens_that_occur(tmp_path):
     from collections import Counter
 
-    from quantize.importance import embedding_entry
+    from quantize.calibration.importance import embedding_entry
 
     path = tmp_path / "table.gguf"
     writer = gguf.GGUFWriter(path, "llama")

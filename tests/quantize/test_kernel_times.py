@@ -8,11 +8,11 @@ import pytest
 
 from models.gguf import read_header
 from models.tensor_types import TensorType
-from quantize import kernel_times as timing
 from quantize.errors import QuantizeError
-from quantize.kernel_times import CannotTime, Shape, kernel_times, weights_read, write_model
+from quantize.gguf_files.parts import Rows
 from quantize.measure import Backend
-from quantize.parts import Rows
+from quantize.mixes import kernel_times as timing
+from quantize.mixes.kernel_times import CannotTime, Shape, kernel_times, weights_read, write_model
 from tests import tiny_models
 
 SMALL = Shape(256, 512, 2)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from models.tensors import to_float32
-from quantize import lattice
 from quantize.errors import QuantizeError
-from quantize.floats import from_float32
-from quantize.lattice import LATTICES, find_lattice
-from quantize.types import dequantize_rows, quantize_rows
+from quantize.gguf_files.floats import from_float32
+from quantize.gguf_files.types import dequantize_rows, quantize_rows
+from quantize.rounding import lattice
+from quantize.rounding.lattice import LATTICES, find_lattice
 
 N = 256
 

@@ -15,14 +15,14 @@ import pytest
 
 from models.gguf import InvalidGGUF, read_header
 from models.tensor_types import TensorType
-from quantize import mixed_file
-from quantize import parts as parts_module
-from quantize.child import quantize
+from quantize.calibration.imatrix import Entry, ImportanceMatrix
 from quantize.convert import convert
 from quantize.disk import DiskFull
 from quantize.errors import QuantizeError
-from quantize.imatrix import Entry, ImportanceMatrix
-from quantize.mixed_file import (
+from quantize.gguf_files import mixed_file
+from quantize.gguf_files import parts as parts_module
+from quantize.gguf_files.child import quantize
+from quantize.gguf_files.mixed_file import (
     ImportanceNote,
     MixedSource,
     NotFullPrecision,
@@ -32,9 +32,9 @@ from quantize.mixed_file import (
     matrices,
     write_mixed,
 )
-from quantize.parts import BadWeights, WrongRounding
-from quantize.tensor_rules import fitting_types, may_be_quantized
-from quantize.types import Order
+from quantize.gguf_files.parts import BadWeights, WrongRounding
+from quantize.gguf_files.tensor_rules import fitting_types, may_be_quantized
+from quantize.gguf_files.types import Order
 from tests import tiny_models
 from tests.quantize.conftest import files_up_to
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from quantize.errors import QuantizeError
-from quantize.packing import FORMATS, Blocks, block_format, pack, unpack, values
-from quantize.tensor_types import tensor_type
-from quantize.types import dequantize_rows, quantize_rows
+from quantize.gguf_files.packing import FORMATS, Blocks, block_format, pack, unpack, values
+from quantize.gguf_files.tensor_types import row_bytes, tensor_type
+from quantize.gguf_files.types import dequantize_rows, quantize_rows
 
 N = 512
 
@@ -59,8 +59,8 @@ def test_every_byte_means_something_and_comes_back(name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_sizes_are_those_of_the_table(name):
     form, kind = FORMATS[name], tensor_type(name)
-    assert form.block == kind.block_width
-    assert pack(form, unpack(form, quantize_rows(name, weights(), None))).shape == (12, kind.row_bytes(N))
+    assert form.block == kind.block_elements
+    assert pack(form, unpack(form, quantize_rows(name, weights(), None))).shape == (12, row_bytes(kind, N))
 
 
 def test_other_formats_are_refused_by_name():

@@ -20,13 +20,13 @@ from filelock import FileLock
 from models.errors import ModelsError
 from models.store import Store
 from quantize import pipeline
+from quantize.calibration.imatrix import ImportanceMatrix
+from quantize.calibration.texts import UnusableText
 from quantize.disk import DiskFull
 from quantize.errors import QuantizeError
-from quantize.imatrix import ImportanceMatrix
+from quantize.gguf_files.types import NeedsImportance
 from quantize.pipeline import FolderBusy, run
 from quantize.source import UnusableSource, find, named
-from quantize.texts import UnusableText
-from quantize.types import NeedsImportance
 
 TYPES = ("Q8_0", "Q4_K_M")
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,8 @@ def hashes(out: Path) -> dict[str, str]:
 def test_a_run_leaves_files_matrix_report_and_plots_and_no_large_leftovers(finished):
     assert {path.name for path in finished.iterdir()} == {
         "tiny-Q8_0.gguf", "tiny-Q4_K_M.gguf", "imatrix.gguf", "report.md", "report.json", "work",
-        "divergence.png", "divergence.svg", "speed.png", "speed.svg",
+        "divergence.png", "divergence.svg", "speed.png", "speed.svg", "tradeoff.png", "tradeoff.svg",
+        "tensors.png", "tensors.svg",
     }  # fmt: skip
     assert not [
         path for path in (finished / "work").iterdir() if path.suffix in (".gguf", ".f32", ".partial")
@@ -110,7 +111,7 @@ def test_the_same_run_again_does_nothing(copy, asked, made):
 
 def test_another_type_costs_that_type_only(copy, asked, made):
     run(dataclasses.replace(asked, out=copy, types=(*TYPES, "IQ4_NL"), keep_source=True))
-    wanted = {"quantize-IQ4_NL", "divergence-evaluation-IQ4_NL", "speed-IQ4_NL"}
+    wanted = {f"{step}-IQ4_NL" for step in ("quantize", "divergence-evaluation", "speed", "samples")}
     assert set(made) == wanted | {"source", "reference-evaluation"}
     assert (copy / "work" / "source.gguf").exists()
 

@@ -10,8 +10,9 @@ from engine.sampling import NotANumber
 from models.atomic import partial_name
 from models.errors import ModelsError
 from models.store import Store
-from quantize import texts, work
-from quantize.calibrate import NoUsableText
+from quantize import work
+from quantize.calibration import texts
+from quantize.calibration.calibrate import NoUsableText
 from quantize.families.supported import UnsupportedArchitecture
 from quantize.frame import CannotConverse
 from quantize.pipeline import run

@@ -82,6 +82,7 @@ def test_help_names_every_option_with_unit_and_default(lq):
     for option in (
         "--out", "--types", "--lora", "--calibration", "--seed", "--calibration-tokens", "--eval-tokens",
         "--eval-text", "--name", "--pre", "--threads", "--keep-source", "--allow-requantize", "--store",
+        "--prune-layers", "--kv-cache",
     ):  # fmt: skip
         assert option in text, option
     assert "16384" in text
@@ -90,7 +91,7 @@ def test_help_names_every_option_with_unit_and_default(lq):
 
 def test_the_default_types_are_those_of_the_floor():
     from lq.commands.quantize import DEFAULT_TYPES
-    from quantize import types
+    from quantize.gguf_files import types
 
     assert tuple(DEFAULT_TYPES.split(",")) == types.DEFAULT_TYPES
 

@@ -11,10 +11,21 @@ from matplotlib.text import Text
 from quantize.card import card
 from quantize.divergence import Divergence, Estimate
 from quantize.figures import COLUMNS, number, row, with_error
-from quantize.plots import divergence_figure, png, speed_figure, svg
-from quantize.report import FileReport, Report, SourceReport, TextReport, divergence_of, to_json, types_of
+from quantize.gguf_files.typemap import TypeMap, TypeShare
+from quantize.mixes import chart
+from quantize.plots import divergence_figure, png, speed_figure, svg, tradeoff_figure
+from quantize.report import (
+    FileReport,
+    MixReport,
+    Report,
+    SourceReport,
+    TextReport,
+    Tried,
+    divergence_of,
+    to_json,
+    types_of,
+)
 from quantize.speed import Speed
-from quantize.typemap import TypeMap, TypeShare
 
 KINDS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "Q3_K_M", "Q2_K")
 
@@ -94,6 +105,7 @@ def test_without_measurements_the_card_and_the_table_say_so_by_dashes(report):
     )
     assert "Calibration: none" in card(empty)
     assert divergence_figure(empty) is None
+    assert tradeoff_figure(empty) is None
     assert row(bare[0], None)[3:8] == ("-",) * 5
     assert len(row(bare[0], None)) == len(COLUMNS)
 
@@ -109,13 +121,74 @@ def test_numbers_have_as_many_digits_as_their_error_allows():
 
 
 def test_plots_are_images_and_name_every_file(report):
-    for figure in (divergence_figure(report), speed_figure(report)):
+    for figure in (divergence_figure(report), tradeoff_figure(report), speed_figure(report)):
         assert figure is not None
         assert png(figure).startswith(b"\x89PNG")
         picture = ElementTree.fromstring(svg(figure))
         assert picture.tag.endswith("svg")
         labels = [text.get_text() for text in figure.axes[0].texts]
         assert set(KINDS) <= set(labels)
+
+
+def test_line_joins_the_files_that_none_beats_in_both(report):
+    worse = dataclasses.replace(report.files[2], chats=divergence(1.0))
+    report = dataclasses.replace(report, files=(*report.files[:2], worse, *report.files[3:]))
+    for figure, expected in (
+        (divergence_figure(report), [89, 96, 103, 110, 117, 124, 138, 145]),
+        (tradeoff_figure(report), [157, 156, 155, 154, 153, 151, 150]),
+    ):
+        assert figure is not None
+        fronts = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 1 and line.get_alpha()]
+        drawn = [round(float(x)) for x in fronts[0].get_xdata()]
+        assert [x for x in expected if x in drawn] == drawn
+        assert round(worse.types.size_bytes / 1e6) not in drawn
+        assert len(drawn) == 7
+
+
+MIX = {
+    "token_embd.weight": "Q6_K", "blk.0.attn_q.weight": "Q4_0", "blk.1.attn_q.weight": "Q4_0",
+    "blk.2.attn_q.weight": "Q5_0", "blk.0.ffn_down.weight": "Q8_0", "blk.2.ffn_down.weight": "IQ4_NL",
+}  # fmt: skip
+
+
+def mixed(report: Report) -> Report:
+    """The same with a file within a budget."""
+    tried = (Tried(0.05, 0.06, 91_000_000), Tried(0.051, 0.055, 91_100_000))
+    file = dataclasses.replace(report.files[3], type="92MB", mix=MixReport("size", MIX, tried, 1, 0.5))
+    return dataclasses.replace(report, files=(*report.files, file))
+
+
+def test_card_says_how_a_mix_was_chosen_and_what_each_tensor_is(report):
+    text = card(mixed(report))
+    assert "### 92MB" in text
+    assert "objective: size); rounded with 0.50 of the loss" in text
+    assert "| 91.00 | 0.0500 | 0.0600 |  |\n| 91.10 | 0.0510 | 0.0550 | chosen |" in text
+    assert "| token_embd | Q6_K |\n| attn_q | 0-1 Q4_0, 2 Q5_0 |\n| ffn_down | 0 Q8_0, 2 IQ4_NL |" in text
+    assert "types-92MB.png" in text
+    assert "### " not in card(report)
+
+
+def test_mixes_have_a_mark_of_their_own(report):
+    figure = divergence_figure(mixed(report))
+    assert figure is not None
+    _, labels = figure.axes[0].get_legend_handles_labels()
+    assert labels == [f"{what}, {kind}" for what in ("self-written chats", "public text")
+                      for kind in ("recipes", "within a budget")]  # fmt: skip
+
+
+def test_map_of_types_names_parts_and_types():
+    drawn = chart.figure("m, 92MB", MIX)
+    assert png(drawn).startswith(b"\x89PNG")
+    assert [label.get_text() for label in drawn.axes[0].get_yticklabels()] == [
+        "token_embd",
+        "attn_q",
+        "ffn_down",
+    ]
+    legend = [text.get_text() for text in drawn.legends[0].get_texts()]
+    assert legend == ["Q8_0  8.50", "Q6_K  6.56", "Q5_0  5.50", "Q4_0  4.50", "IQ4_NL  4.50"]
+    cells = drawn.axes[0].collections[0].get_array()
+    assert cells[0].tolist() == [3, 3, 3]  # the embedding, everywhere
+    assert cells[2].tolist() == [4, 5, 0]  # no such tensor in layer 1
 
 
 @pytest.mark.parametrize("mean", [0.01, 0.0, -1e-8])
@@ -137,7 +210,7 @@ def test_labels_of_crowded_points_do_not_lie_upon_each_other(report):
         for i, file in enumerate(report.files[4:])
     ]
     report = dataclasses.replace(report, files=(*report.files[:4], *crowd))
-    for figure in (divergence_figure(report), speed_figure(report)):
+    for figure in (divergence_figure(report), tradeoff_figure(report), speed_figure(report)):
         assert figure is not None
         png(figure)
         boxes = [Text.get_window_extent(text) for text in figure.axes[0].texts if text.get_text() in KINDS]

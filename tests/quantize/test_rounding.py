@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from quantize.curvature import BadHessian, inverse_factor, prepare
 from quantize.errors import QuantizeError
-from quantize.packing import FORMATS
-from quantize.rounding import Steps, round_matrix
-from quantize.types import dequantize_rows, quantize_rows
+from quantize.gguf_files.packing import FORMATS
+from quantize.gguf_files.types import dequantize_rows, quantize_rows
+from quantize.rounding.curvature import BadHessian, inverse_factor, prepare
+from quantize.rounding.matrix import Steps, round_matrix
 
 N = 256
 ONE_AT_A_TIME = {
@@ -142,7 +142,7 @@ def test_each_step_helps(hessian):
 
 
 def test_same_input_gives_the_same_bytes_and_rows_do_not_touch_each_other(hessian, monkeypatch):
-    from quantize import rounding
+    from quantize.rounding import matrix as rounding
 
     weights = some_weights(24)
     once = round_matrix(weights, "Q4_1", hessian=hessian)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from models.gguf import read_header
-from quantize.child import QuantizeCallFailed, quantize
 from quantize.convert import convert
 from quantize.disk import DiskFull
 from quantize.errors import QuantizeError
-from quantize.tensor_types import NEED_IMPORTANCE, TENSOR_TYPES, tensor_type
-from quantize.typemap import fallback_warning, read_types
-from quantize.types import (
+from quantize.gguf_files.child import QuantizeCallFailed, quantize
+from quantize.gguf_files.tensor_types import FOR_WEIGHTS, NEED_IMPORTANCE, row_bytes, tensor_type
+from quantize.gguf_files.typemap import fallback_warning, read_types
+from quantize.gguf_files.types import (
     DEFAULT_TYPES,
     FTYPES,
     NEED_IMATRIX,
@@ -76,7 +76,7 @@ def test_types_that_need_importance_are_refused_by_name_without_it():
 def test_the_table_of_needy_types_is_llama_cpps_own(wide_gguf, tmp_path):
     script = f"""
 from pathlib import Path
-from quantize.types import FTYPES, Order, call
+from quantize.gguf_files.types import FTYPES, Order, call
 for name in FTYPES:
     said = []
     order = Order(Path({str(wide_gguf)!r}), Path({str(tmp_path / "none")!r}), name, dry_run=True)
@@ -188,20 +188,20 @@ def some_rows(rows: int = 6, n: int = 512) -> np.ndarray:
 
 
 def test_tensor_types_know_their_block_and_bits():
-    assert (tensor_type("Q4_0").block_width, tensor_type("Q4_0").block_bytes) == (32, 18)
+    assert (tensor_type("Q4_0").block_elements, tensor_type("Q4_0").block_bytes) == (32, 18)
     assert tensor_type("Q6_K").bits_per_weight == 6.5625
-    assert tensor_type("IQ4_XS").row_bytes(512) == 272
+    assert row_bytes(tensor_type("IQ4_XS"), 512) == 272
     with pytest.raises(QuantizeError, match="'Q4_K_M' is not a tensor type of ggml; known: F32, F16"):
         tensor_type("Q4_K_M")
 
 
-@pytest.mark.parametrize("name", sorted(TENSOR_TYPES.keys() - SLOW_TO_START))
+@pytest.mark.parametrize("name", sorted(set(FOR_WEIGHTS) - SLOW_TO_START))
 def test_rows_of_every_type_come_back_near_what_they_were(name):
     rows = some_rows()
     data = quantize_rows(name, rows, np.ones(512, np.float32))
     back = dequantize_rows(name, data, 512)
     bits = min(tensor_type(name).bits_per_weight, 9)
-    assert data.shape == (6, tensor_type(name).row_bytes(512))
+    assert data.shape == (6, row_bytes(tensor_type(name), 512))
     assert np.mean((back - rows) ** 2) < (4.0**-bits * 8 if bits > 2.5 else 0.7)
     if name not in {"NVFP4", "Q1_0"}:  # gguf knows their sizes, but does not read them
         np.testing.assert_allclose(gguf.dequantize(data, gguf.GGMLQuantizationType[name]), back, rtol=1e-6)
@@ -240,11 +240,9 @@ def test_types_that_would_abort_are_refused_by_name(name):
 
 
 def test_the_table_of_types_that_abort_is_ggmls_own():
-    from quantize.types import _ggml
+    from quantize.gguf_files.types import _ggml
 
-    asked = {
-        name for name, kind in TENSOR_TYPES.items() if _ggml().ggml_quantize_requires_imatrix(kind.number)
-    }
+    asked = {name for name in FOR_WEIGHTS if _ggml().ggml_quantize_requires_imatrix(int(tensor_type(name)))}
     assert asked == NEED_IMPORTANCE
 
 

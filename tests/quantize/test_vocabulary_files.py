@@ -8,11 +8,11 @@ from gguf import TokenType
 
 from quantize.convert import convert
 from quantize.general import fitting_name, strip_notes
-from quantize.pieces import UnsupportedTokenizer
-from quantize.pretokenizer import UnknownPretokenizer
-from quantize.sentencepiece_model import InvalidSentencePiece, read_sentencepiece
-from quantize.special_tokens import UnsupportedTemplate
-from quantize.vocabulary import read_vocabulary
+from quantize.tokenizer.pieces import UnsupportedTokenizer
+from quantize.tokenizer.pretokenizer import UnknownPretokenizer
+from quantize.tokenizer.sentencepiece_model import InvalidSentencePiece, read_sentencepiece
+from quantize.tokenizer.special_tokens import UnsupportedTemplate
+from quantize.tokenizer.vocabulary import read_vocabulary
 
 
 @pytest.fixture

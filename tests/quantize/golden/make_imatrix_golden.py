@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quantize.imatrix import ImportanceMatrix
+from quantize.calibration.imatrix import ImportanceMatrix
 
 FOLDER = Path(__file__).parent
 CHUNK = 256

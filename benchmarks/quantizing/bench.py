@@ -1,0 +1,117 @@
+"""What a finished run's parts give alone: files of chosen types, rounded one way or the other, and measured.
+
+Works on the folder of an `lq quantize --size ... --keep-source` run: its source, texts, importance matrix and
+sensitivities. What was measured is kept, so a stopped study goes on.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.quantizing.stock import Measured, Yard
+from models.gguf import read_header
+from quantize.calibration.conversation import read
+from quantize.calibration.imatrix import ImportanceMatrix
+from quantize.gguf_files.child import quantize
+from quantize.gguf_files.mixed_file import ImportanceNote, MixedSource, Parts, write_mixed
+from quantize.gguf_files.types import Order
+from quantize.mixes.candidates import TYPES, Candidates
+from quantize.mixes.encoding import Best, Losses, Nearest
+from quantize.mixes.steps import WINDOW
+from quantize.network.hessian import Hessians
+from quantize.network.network import Network, lookups
+from quantize.network.stream import cut, forward
+from quantize.sensitivity.record import Sensitivities
+from quantize.source import digest
+
+Rounding = Literal["nearest", "best"]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A run's folder, and a folder for what is made here."""
+
+    yard: Yard
+
+    @cached_property
+    def source(self) -> MixedSource:
+        """The run's full-precision model."""
+        return MixedSource.open(self.yard.source)
+
+    @cached_property
+    def sensitivities(self) -> Sensitivities:
+        """What the run found that each type costs each tensor."""
+        return Sensitivities.load(self.yard.run / "work" / "sensitivities.npz")
+
+    @cached_property
+    def choices(self) -> dict[str, dict[str, int]]:
+        """Tensor -> type -> bytes."""
+        return self.source.choices(TYPES)
+
+    @property
+    def matrix(self) -> Path:
+        """The run's importance matrix."""
+        return self.yard.run / "imatrix.gguf"
+
+    @cached_property
+    def candidates(self) -> Candidates:
+        """The importance that rounding uses."""
+        return Candidates(ImportanceMatrix.read(self.matrix).means())
+
+    @cached_property
+    def hessians(self) -> Hessians:
+        """Collected over the run's calibration text, where that is not done yet."""
+        text = self.yard.run / "work" / "calibration.jsonl"
+        folder = self.yard.out / "hessians"
+        folder.mkdir(parents=True, exist_ok=True)
+        found = Hessians(folder, f"{digest(text)} {WINDOW}")
+        tokens = [conversation.tokens for conversation in read(text)]
+        windows = cut(tokens, WINDOW)
+        self.yard.say("collecting Hessians")
+        forward(Network.open(self.yard.source), windows, hessians=found)
+        return found
+
+    def stock_types(self, kind: str) -> dict[str, str]:
+        """The type that llama.cpp's recipe gives each tensor that it rounds."""
+        kept = self.yard.out / f"types-{kind}.json"
+        if not kept.exists():
+            out = self.yard.out / f"{kind}.gguf"
+            quantize(Order(self.yard.source, out, kind, self.matrix, self.yard.backend.n_threads or 0))
+            kept.write_text(json.dumps({t.name: t.type.name for t in read_header(out).tensors}), "utf-8")
+            out.unlink()
+        return {
+            name: type_ for name, type_ in json.loads(kept.read_text("utf-8")).items() if name in self.choices
+        }
+
+    def predicted(self, types: Mapping[str, str]) -> float:
+        """Mean KLD that the sensitivities predict for rounding to nearest, cross terms left out."""
+        return self.sensitivities.predict(types, self._costs)
+
+    @cached_property
+    def _costs(self):
+        return self.sensitivities.shrunk()
+
+    def measure(self, name: str, types: Mapping[str, str], rounding: Rounding) -> Measured:
+        """Write the file, measure it, remove it."""
+        named = f"{name}, {rounding}"
+        identity = hashlib.sha256(json.dumps([named, dict(types)]).encode()).hexdigest()[:12]
+        return self.yard.once(f"{named} {identity}", lambda out: self.write(out, types, rounding))
+
+    def write(self, out: Path, types: Mapping[str, str], rounding: Rounding) -> None:
+        """A file of these types; rounded tensors are kept for other files."""
+        parts = Parts(self.yard.out / "parts" / rounding)
+        parts.folder.mkdir(parents=True, exist_ok=True)
+        encode = Nearest(self.candidates) if rounding == "nearest" else self._best(parts)
+        note = ImportanceNote(self.matrix.name, len(self.candidates.means))
+        key = digest(self.matrix)
+        write_mixed(
+            self.source, out, types, encode, parts=parts, made_from=lambda *_: f"{rounding} {key}", note=note,
+            whole_matrices=rounding == "best",
+        )  # fmt: skip
+
+    def _best(self, parts: Parts) -> Best:
+        return Best(self.candidates, self.hessians, Losses(parts.folder), lookups(self.source.files))

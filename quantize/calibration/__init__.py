@@ -1,0 +1,1 @@
+"""Texts that the model itself writes, and what its tensors are multiplied with meanwhile."""

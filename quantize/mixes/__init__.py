@@ -1,0 +1,1 @@
+"""A type for every tensor within a budget of bytes, and the file that comes of it."""

@@ -1,0 +1,308 @@
+"""Files within a budget: sensitivities -> a type for each tensor -> the best of a few, measured -> rounded.
+
+The steps and what each depends on; `quantize.steps` decides which of them run. Texts, importance and the
+measuring of finished files are `quantize.work`'s.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from engine.llama import default_threads
+from engine.memory import available_memory
+from models.gguf import read_header
+from quantize.calibration.conversation import read
+from quantize.calibration.imatrix import ImportanceMatrix
+from quantize.gguf_files.mixed_file import Crew, Encode, ImportanceNote, MixedSource, Parts, write_mixed
+from quantize.gguf_files.typemap import read_types
+from quantize.measure import Backend, Passage, measure, some, write_reference
+from quantize.mixes.allocate import Choice, Interactions, Mix, Objective, Tensor, allocate, speed_weight
+from quantize.mixes.budget import FIT, Budget, fit, room
+from quantize.mixes.candidates import TYPES, Candidates
+from quantize.mixes.encoding import Best, Losses, Nearest, one_thread
+from quantize.mixes.kernel_times import KernelTimes, Shape, kernel_times
+from quantize.network.hessian import Hessians, input_of
+from quantize.network.network import Network, lookups
+from quantize.network.stream import cut, forward
+from quantize.report import MixReport, Tried
+from quantize.rounding.exact import Exact, OnLattice, held, with_lattices
+from quantize.sensitivity.backward import Sampling, measure_sensitivities
+from quantize.sensitivity.record import Sensitivities
+from quantize.source import digest
+from quantize.steps import Facts, Step, write_text
+
+#: Tokens of a window: shorter ones tell more from as many tokens.
+WINDOW = 128
+SAMPLING = Sampling(n_draws=2)
+#: Scored tokens of the calibration text that choose among the best mixes.
+CHOOSING_TOKENS = 2048
+#: Of free memory what rounding may take, and what of it a weight of the largest matrix and a number of the
+#: widest Hessian do: the matrix, what it is rounded to and its bytes; the factors.
+MEMORY_SHARE, BYTES_A_WEIGHT, BYTES_A_MOMENT = 0.6, 12, 24
+#: Changes when the same inputs come to other bytes.
+VERSION = 1
+
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the mixes of one run are made for and where: `folder` for what lies there meanwhile.
+
+    `finish`: what is yet to be done to a file once its weights are rounded.
+    """
+
+    source: Path
+    folder: Path
+    matrix: Path
+    objective: Objective
+    backend: Backend
+    progress: Progress
+    passages: Callable[[], Sequence[Passage]]
+    times: Path
+    finish: Callable[[Path], None] | None = None
+    lattices: Callable[[], Mapping[str, OnLattice]] = dict
+
+
+class Mixes:
+    """The steps from sensitivities to files. `ready` are the source first, the calibration, the importance,
+    and what else they hang on."""
+
+    def __init__(self, request: Request, ready: tuple[Step, ...]) -> None:
+        self.request = request
+        self.ready = ready
+
+    @cached_property
+    def sensitivities(self) -> Step:
+        """What each type costs each tensor, and the Hessians, which are collected on the way."""
+        parameters = {
+            "version": VERSION,
+            "types": TYPES,
+            "window": WINDOW,
+            "sampling": dataclasses.asdict(SAMPLING),
+        }
+        return Step("sensitivities", self._measure, parameters, self.ready, (self.sensitivity_file,))
+
+    @property
+    def sensitivity_file(self) -> Path:
+        """Where they are kept; other budgets of the same model reuse them."""
+        return self.request.folder / "sensitivities.npz"
+
+    def _measure(self) -> Facts:
+        windows = self._windows()
+        found = measure_sensitivities(
+            Network.open(self.request.source),
+            windows,
+            with_lattices(self._candidates.errors, self._lattices),
+            self._hessians,
+            self.request.folder / "sensitivities",
+            key=self.sensitivities.key,
+            sampling=SAMPLING,
+            progress=self.request.progress,
+        )
+        found.save(self.sensitivity_file)
+        return {"n_samples": found.n_samples, "n_scored": found.n_scored, "windows": len(windows)}
+
+    def _windows(self) -> np.ndarray:
+        """(windows, WINDOW) ids of the calibration text."""
+        conversations = read(self.request.folder / "calibration.jsonl")
+        return cut([conversation.tokens for conversation in conversations], WINDOW)
+
+    @cached_property
+    def hessians(self) -> Step:
+        """Collected anew where a finished run's are gone: they are large, and sensitivities are kept."""
+        last = self.hessian_folder / "hessian-head.safetensors"
+        return Step("hessians", self._collect, {"window": WINDOW}, self.ready, (last,))
+
+    def _collect(self) -> Facts:
+        network = Network.open(self.request.source)
+        forward(network, self._windows(), hessians=self._hessians, progress=self.request.progress)
+        return {}
+
+    @property
+    def hessian_folder(self) -> Path:
+        """Second moments of what every tensor is multiplied with."""
+        return self.request.folder / "hessians"
+
+    @property
+    def _hessians(self) -> Hessians:
+        self.hessian_folder.mkdir(parents=True, exist_ok=True)
+        return Hessians(self.hessian_folder, self.hessians.key)
+
+    @cached_property
+    def _candidates(self) -> Candidates:
+        return Candidates(ImportanceMatrix.read(self.request.matrix).means())
+
+    @cached_property
+    def _lattices(self) -> Mapping[str, OnLattice]:
+        """Tensors that are packed as they are."""
+        return self.request.lattices()
+
+    @cached_property
+    def _source(self) -> MixedSource:
+        return MixedSource.open(self.request.source)
+
+    @cached_property
+    def _note(self) -> ImportanceNote:
+        matrix = ImportanceMatrix.read(self.request.matrix)
+        return ImportanceNote(self.request.matrix.name, len(matrix.entries), None, matrix.n_chunks)
+
+    def plan(self, budget: Budget) -> Step:
+        """Which type each tensor gets."""
+        parameters = {"budget": dataclasses.asdict(budget), "objective": self.request.objective}
+        needs, out = (self.sensitivities, self.ready[0]), self._plan_file(budget)
+        return Step(f"mix-{budget.label}", lambda: self._plan(budget), parameters, needs, (out,))
+
+    def _plan_file(self, budget: Budget) -> Path:
+        return self.request.folder / f"mix-{budget.label}.json"
+
+    def _plan(self, budget: Budget) -> Facts:
+        found = Sensitivities.load(self.sensitivity_file)
+        choices = self._source.choices(TYPES)
+        tensors = self._tensors(found, choices)
+        if budget == FIT:
+            budget = fit(self.request.source)
+        left = room(budget, self._source, choices, self._note).tensor_bytes
+        weight = speed_weight(tensors, left, self.request.objective)
+        allocation = allocate(tensors, left, interactions=_interactions(found, tensors), weight=weight)
+        mixes = [allocation.best, *allocation.runners_up]
+        measured = self._try(mixes)
+        best = min(range(len(mixes)), key=lambda index: measured[index])
+        write_text(self._plan_file(budget), json.dumps(mixes[best].types, indent=1))
+        return {
+            "chosen": best,
+            "tensors": mixes[best].types,
+            "nats_per_byte": allocation.nats_per_byte,
+            "shrinkage": allocation.shrinkage,
+            "tried": [
+                {"predicted": mix.cost, "size_bytes": mix.size_bytes, "measured": kl}
+                for mix, kl in zip(mixes, measured, strict=True)
+            ],
+        }
+
+    def _tensors(self, found: Sensitivities, choices: Mapping[str, Mapping[str, int]]) -> list[Tensor]:
+        """Every tensor with what each of its types takes: bytes, divergence and, where they count, time."""
+        costs, times, header = found.shrunk(), self._times(), read_header(self.request.source)
+        result = []
+        for tensor in self._source.quantizable:
+            row, listed = found.names.index(tensor.name), []
+            for kind, size in choices[tensor.name].items():
+                ms = times.milliseconds(header, tensor, kind) if times else 0.0
+                listed.append(Choice(kind, size, float(costs[row, found.types.index(kind)]), ms))
+            result.append(Tensor(tensor.name, tuple(listed)))
+        return result
+
+    def _times(self) -> KernelTimes | None:
+        """None where only bytes count."""
+        if self.request.objective == "size":
+            return None
+        header = read_header(self.request.source)
+        kinds = {kind for each in self._source.choices(TYPES).values() for kind in each}
+        self.request.progress("timing the types on this machine", 0, None)
+        return kernel_times(
+            Shape.like(header), [kind for kind in TYPES if kind in kinds], Nearest(Candidates({})),
+            store=self.request.times, backend=self.request.backend,
+        )  # fmt: skip
+
+    def _try(self, mixes: Sequence[Mix]) -> list[float]:
+        """Mean divergence of mixes rounded to nearest, on some of the calibration text."""
+        folder = self.request.folder / "tries"
+        folder.mkdir(parents=True, exist_ok=True)
+        passages, backend = some(self.request.passages(), CHOOSING_TOKENS), self.request.backend
+        reference = folder / f"reference-{self.sensitivities.key[:16]}.f32"
+        if not reference.exists():  # of another budget of this run
+            write_reference(self.request.source, passages, reference, backend=backend)
+        found, encode = [], self._exact(Nearest(self._candidates))
+        for number, mix in enumerate(mixes):
+            self.request.progress("trying the best mixes", number, len(mixes))
+            out = folder / "try.gguf"
+            write_mixed(
+                self._source, out, mix.types, encode, parts=self._parts("tries"),
+                made_from=lambda *_: f"nearest {self.sensitivities.key}", note=self._note,
+            )  # fmt: skip
+            found.append(measure(out, passages, reference, backend=backend).kl.mean)
+            out.unlink()
+        return found
+
+    def _exact(self, encode: Encode) -> Encode:
+        """The same, but for tensors that are packed as they are."""
+        return Exact(encode, self._lattices)
+
+    @property
+    def scratch(self) -> tuple[Path, ...]:
+        """Large folders that no finished run needs again."""
+        return (self.hessian_folder, self.request.folder / "parts", self.request.folder / "tries")
+
+    def _parts(self, name: str) -> Parts:
+        folder = self.request.folder / "parts" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return Parts(folder)
+
+    def file(self, budget: Budget, out: Path) -> Step:
+        """The file itself, every tensor rounded as well as can be."""
+        plan = self.plan(budget)
+        parameters = {"version": VERSION, "rounding": "best"}
+        size = int(0.9 * (budget.file_bytes or 0))  # less only where no type is small enough to fill it
+        needs = (plan, self.hessians, self.ready[0])
+        return Step(
+            f"quantize-{budget.label}", lambda: self._make(budget, out), parameters, needs, (out,), size
+        )
+
+    def _make(self, budget: Budget, out: Path) -> Facts:
+        chosen = json.loads(self._plan_file(budget).read_text("utf-8"))
+        parts = self._parts("best")
+        losses = Losses(parts.folder)
+        encode = Best(self._candidates, self._hessians, losses, lookups(self._source.files))
+
+        def tell(name: str, done: int, total: int) -> None:
+            self.request.progress(f"rounding {out.name}: {name}", done, total)
+
+        write_mixed(
+            self._source, out, chosen, self._exact(encode), parts=parts,
+            made_from=lambda *_: f"best {VERSION} {self.sensitivities.key}", note=self._note,
+            whole_matrices=True, progress=tell, crew=self._crew(),
+        )  # fmt: skip
+        if self.request.finish is not None:
+            self.request.finish(out)
+        return {
+            "sha256": digest(out),
+            "types": dataclasses.asdict(read_types(out)),
+            "warning": None,
+            "rounding_loss": losses.gain(chosen),
+            "packed": held(out, self._lattices),
+        }
+
+    def _crew(self) -> Crew:
+        """As many processes as threads were given, and as find memory."""
+        wanted = self.request.backend.n_threads or default_threads()
+        largest = max(math.prod(tensor.shape[:2]) for tensor in self._source.quantizable)
+        widest = max(tensor.shape[0] for tensor in self._source.quantizable)
+        each = BYTES_A_WEIGHT * largest + BYTES_A_MOMENT * widest**2
+        room = int(MEMORY_SHARE * available_memory()) // each
+        return Crew(max(1, min(wanted, room)), input_of, one_thread)
+
+    def report(self, plan: Facts, file: Facts) -> MixReport:
+        """How a file came about, from what its steps recorded."""
+        return MixReport(
+            objective=self.request.objective,
+            tensors=plan["tensors"],
+            tried=tuple(Tried(**tried) for tried in plan["tried"]),
+            chosen=plan["chosen"],
+            rounding_loss=file["rounding_loss"],
+        )
+
+
+def _interactions(found: Sensitivities, tensors: Sequence[Tensor]) -> Interactions:
+    """The projections in the order of the tensors and of each one's own types."""
+    widest = max(len(tensor.choices) for tensor in tensors)
+    ordered = np.zeros((found.n_samples, len(tensors), widest), np.float32)
+    for row, tensor in enumerate(tensors):
+        columns = [found.types.index(choice.type) for choice in tensor.choices]
+        ordered[:, row, : len(columns)] = found.projections[:, found.names.index(tensor.name), columns]
+    return Interactions(ordered, found.n_scored)

@@ -1,0 +1,125 @@
+"""Work on tasks in processes of their own, side by side; one that dies or fails leaves none behind.
+
+Owns their lives and what they say. Knows nothing of what the work is.
+"""
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import TypeVar
+
+from quantize.errors import QuantizeError
+
+Task = TypeVar("Task")
+
+
+class WorkFailed(QuantizeError):
+    """What a process said was wrong, as the work there raised it."""
+
+
+class WorkerDied(QuantizeError):
+    """A process that ended without a word."""
+
+    def __init__(self, name: str, exitcode: int | None) -> None:
+        killed = exitcode == -signal.SIGKILL
+        why = "killed, most likely for want of memory" if killed else f"exit code {exitcode}"
+        super().__init__(
+            f"a process that was {name} died ({why}); free memory or lower --threads, and run the same "
+            "command again: what is finished is kept"
+        )
+
+
+def side_by_side(
+    work: Callable[[Task], object],
+    tasks: Sequence[Task],
+    *,
+    n_processes: int,
+    name: str,
+    set_up: Callable[[], object] | None = None,
+) -> Iterator[Task]:
+    """Call `work` on each task in one of `n_processes` processes; yields the tasks as they are finished.
+
+    `work`, tasks and `set_up`, which each process calls first, are sent, so they must be importable. `name`
+    says what is being done. Raises WorkFailed with a QuantizeError's words, and WorkerDied; processes are
+    gone when this ends, however it ends.
+    """
+    waiting = iter(tasks)
+    crew: list[tuple[BaseProcess, Connection]] = []
+    try:
+        busy: dict[Connection, tuple[BaseProcess, Task]] = {}
+        for _, task in zip(range(n_processes), waiting, strict=False):
+            process, connection = _start(work, set_up)
+            crew.append((process, connection))
+            connection.send(task)
+            busy[connection] = process, task
+        while busy:
+            for ready in wait(list(busy)):
+                assert isinstance(ready, Connection)
+                process, task = busy.pop(ready)
+                _heed(process, ready, name)
+                for following in waiting:
+                    ready.send(following)
+                    busy[ready] = process, following
+                    break
+                yield task
+    finally:
+        for process, connection in crew:
+            process.kill()
+            process.join()
+            connection.close()
+
+
+def _start(work: Callable, set_up: Callable[[], object] | None) -> tuple[BaseProcess, Connection]:
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=_serve, args=(theirs, work, set_up), daemon=True)
+    with deaf():
+        process.start()
+    theirs.close()  # so that its death is heard
+    return process, ours
+
+
+def _heed(process: BaseProcess, connection: Connection, name: str) -> None:
+    """Raise what a process says, or that it says nothing any more."""
+    try:
+        failure = connection.recv()
+    except EOFError:
+        process.join()
+        raise WorkerDied(name, process.exitcode) from None
+    if failure is not None:
+        raise WorkFailed(failure)
+
+
+def _serve(connection: Connection, work: Callable, set_up: Callable[[], object] | None) -> None:
+    """A process's whole life: Ctrl-C is the parent's to handle; a dead parent ends it after its task."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if set_up is not None:
+        set_up()
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        failure = None
+        try:
+            work(task)
+        except QuantizeError as error:
+            failure = str(error)
+        connection.send(failure)
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Ignore Ctrl-C, so that a process started meanwhile is born ignoring it; it is ours to handle."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say so; the child ignores it a moment later
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

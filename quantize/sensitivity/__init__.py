@@ -1,0 +1,1 @@
+"""What each type costs each tensor: gradients projected onto rounding errors."""

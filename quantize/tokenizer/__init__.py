@@ -1,0 +1,1 @@
+"""A checkpoint's tokenizer files become a GGUF's vocabulary."""

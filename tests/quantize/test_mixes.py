@@ -1,0 +1,114 @@
+"""Files within a budget, from checkpoint to report: what they hold, what a second run takes over."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import pytest
+
+from quantize.errors import QuantizeError
+from quantize.gguf_files import mixed_file
+from quantize.measure import Backend
+from quantize.mixes.budget import Budget, InvalidBudget, parse_bits_per_weight, parse_sizes
+from quantize.pipeline import run
+from quantize.settings import NeedsCalibration
+from quantize.source import digest
+
+SMALL, LARGE = "3.4MB", "4.4MB"
+
+
+@pytest.fixture(scope="module")
+def wanted(asked):
+    """Two budgets and no type."""
+    return dataclasses.replace(asked, types=(), budgets=parse_sizes(f"{SMALL},{LARGE}"))
+
+
+@pytest.fixture(scope="module")
+def finished(wanted, tmp_path_factory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("mixes")
+    run(dataclasses.replace(wanted, out=out, command="lq quantize tiny"))
+    return out
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def test_files_are_just_below_their_budgets(finished):
+    # two matrices of this model are half of it each, so that steps are large
+    for label, size in ((SMALL, 3_400_000), (LARGE, 4_400_000)):
+        assert 0.99 * size <= (finished / f"tiny-{label}.gguf").stat().st_size <= size
+
+
+def test_what_the_mix_says_is_what_the_file_holds(finished):
+    for label in (SMALL, LARGE):
+        mix = json.loads((finished / "work" / f"mix-{label}.json").read_text("utf-8"))
+        held = {t.name: t.tensor_type.name for t in gguf.GGUFReader(finished / f"tiny-{label}.gguf").tensors}
+        assert mix
+        assert {name: held[name] for name in mix} == mix
+        assert len(set(mix.values())) > 1
+
+
+def test_more_bytes_diverge_less(finished):
+    small, large = json.loads((finished / "report.json").read_text("utf-8"))["files"]
+    assert 0 < large["chats"]["kl"]["mean"] < small["chats"]["kl"]["mean"]
+
+
+def test_nothing_large_is_left_and_sensitivities_are(finished):
+    left = {path.name for path in (finished / "work").iterdir()}
+    assert not left & {"hessians", "parts", "tries"}
+    assert "sensitivities.npz" in left
+
+
+def test_same_run_again_does_nothing(copy, wanted, made):
+    run(dataclasses.replace(wanted, out=copy))
+    assert made == []
+
+
+def test_another_budget_takes_over_sensitivities(copy, wanted, made):
+    budgets = (*wanted.budgets, *parse_bits_per_weight("5"))
+    run(dataclasses.replace(wanted, out=copy, budgets=budgets))
+    assert {"mix-5bpw", "hessians", "quantize-5bpw"} <= set(made)
+    assert not {"sensitivities", "importance", f"mix-{SMALL}", f"quantize-{LARGE}"} & set(made)
+    tensors = gguf.GGUFReader(copy / "tiny-5bpw.gguf").tensors
+    bits = 8 * sum(int(t.n_bytes) for t in tensors) / sum(int(t.n_elements) for t in tensors)
+    assert 4.8 <= bits <= 5
+
+
+def test_budget_that_no_mix_keeps_is_refused_and_says_what_would_do(copy, wanted):
+    budgets = parse_sizes("500KB")
+    with pytest.raises(InvalidBudget, match=r"500KB is too small: .* the smallest file has \d+"):
+        run(dataclasses.replace(wanted, out=copy, budgets=budgets))
+
+
+def test_budget_needs_a_text_to_measure_by(wanted, tmp_path):
+    with pytest.raises(NeedsCalibration, match="--calibration none gives no text"):
+        run(dataclasses.replace(wanted, out=tmp_path, calibration="none"))
+
+
+def test_objective_without_a_budget_is_refused(asked, tmp_path):
+    with pytest.raises(QuantizeError, match="--objective speed chooses among mixes, and no budget is given"):
+        run(dataclasses.replace(asked, out=tmp_path, objective="speed"))
+
+
+def test_budget_larger_than_everything_is_the_largest_type(copy, wanted):
+    run(dataclasses.replace(wanted, out=copy, budgets=(Budget("1GB", file_bytes=10**9),)))
+    mix = json.loads((copy / "work" / "mix-1GB.json").read_text("utf-8"))
+    assert set(mix.values()) == {"Q8_0"}
+
+
+def test_processes_side_by_side_make_the_same_files(finished, wanted, tmp_path, monkeypatch):
+    monkeypatch.setattr(mixed_file, "LEAST_TO_SHARE", 0)
+    run(dataclasses.replace(wanted, out=tmp_path, backend=Backend(2)))
+    for label in (SMALL, LARGE):
+        alone, beside = (folder / f"tiny-{label}.gguf" for folder in (finished, tmp_path))
+        assert digest(alone) == digest(beside)
+    losses = [
+        json.loads((folder / "report.json").read_text("utf-8"))["files"] for folder in (finished, tmp_path)
+    ]
+    assert [file["mix"] for file in losses[0]] == [file["mix"] for file in losses[1]]
+    assert 0 < losses[0][0]["mix"]["rounding_loss"] < 1

@@ -1,0 +1,77 @@
+"""Processes side by side: all tasks are done, what fails is said, and none is left behind."""
+
+import functools
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from quantize.errors import QuantizeError
+from quantize.processes import WorkerDied, WorkFailed, side_by_side
+
+
+class Odd(QuantizeError):
+    """An error whose text is not what it is made of."""
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(f"{number} is {reason}")
+
+
+def note(folder: Path, task: int) -> None:
+    (folder / str(task)).write_text(str(os.getpid()))
+    if task == 13:
+        raise Odd(task, "odd")
+    if task == 66:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task == 99:
+        time.sleep(600)
+
+
+def prepare(folder: Path) -> None:
+    (folder / f"ready-{os.getpid()}").touch()
+
+
+def done(folder: Path, tasks, **options) -> list[int]:
+    work = functools.partial(note, folder)
+    return list(side_by_side(work, tasks, n_processes=2, name="noting numbers", **options))
+
+
+def pids(folder: Path) -> set[int]:
+    return {int(path.read_text()) for path in folder.iterdir() if path.name.isdigit()}
+
+
+def test_every_task_is_done_once_by_processes_that_were_set_up(tmp_path):
+    assert sorted(done(tmp_path, range(7), set_up=functools.partial(prepare, tmp_path))) == list(range(7))
+    assert len(pids(tmp_path)) == 2
+    assert {path.name for path in tmp_path.glob("ready-*")} == {f"ready-{pid}" for pid in pids(tmp_path)}
+    assert os.getpid() not in pids(tmp_path)
+
+
+def test_fewer_tasks_than_processes_start_no_more(tmp_path):
+    assert done(tmp_path, [5]) == [5]
+    assert len(pids(tmp_path)) == 1
+
+
+def test_nothing_to_do_is_nothing(tmp_path):
+    assert done(tmp_path, []) == []
+
+
+def test_what_is_wrong_is_said_and_all_processes_are_gone(tmp_path):
+    with pytest.raises(WorkFailed, match=r"^13 is odd$"):
+        done(tmp_path, [99, 13])
+    assert not any(psutil.pid_exists(pid) for pid in pids(tmp_path))
+
+
+def test_process_that_dies_is_an_error_with_a_remedy(tmp_path):
+    with pytest.raises(WorkerDied, match=r"noting numbers died \(killed, most likely .*; free memory"):
+        done(tmp_path, [66])
+
+
+def test_who_stops_listening_stops_the_work(tmp_path):
+    going = side_by_side(functools.partial(note, tmp_path), [99, 1, 2], n_processes=2, name="noting")
+    assert next(going) == 1
+    going.close()
+    assert not any(psutil.pid_exists(pid) for pid in pids(tmp_path))
