@@ -41,6 +41,7 @@ TEXT_RULES = {
     "temperatures": calibrate.TEMPERATURES,
     "min_question_temperature": calibrate.MIN_QUESTION_TEMPERATURE,
     "min_p": calibrate.MIN_P,
+    "plain_period": calibrate.PLAIN_PERIOD,
     "template": VARIABLES,
     "loop": (filters.LOOP_MIN, filters.LOOP_SHARE, filters.SAME_SHARE, filters.MIN_TOKENS),
 }
@@ -127,7 +128,13 @@ class Work:
             return None
         if isinstance(settings.calibration, Path):
             return self._file_step("calibration", settings.calibration, settings.calibration_tokens)
-        plan = Plan("calibration", settings.seed, settings.calibration_tokens, n_parallel=settings.n_parallel)
+        plan = Plan(
+            "calibration",
+            settings.seed,
+            settings.calibration_tokens,
+            n_parallel=settings.n_parallel,
+            with_plain=True,
+        )
         return self._conversation_step(plan, None)
 
     @cached_property

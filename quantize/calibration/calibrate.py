@@ -4,6 +4,7 @@ Owns who is asked next, the seeds, the temperatures and what is dropped. Text co
 engine's loop); nothing here knows llama.cpp or GGUF.
 """
 
+import random
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -20,6 +21,9 @@ Purpose = Literal["calibration", "evaluation"]
 TEMPERATURES = (0.5, 1.5)
 MIN_QUESTION_TEMPERATURE = 1.0
 MIN_P = 0.05
+
+#: Of so many pieces in a row the last two, one a temperature, are plain text where that is asked for.
+PLAIN_PERIOD = 6
 
 #: Give up when this many in a row were dropped.
 MAX_DROPPED = 200
@@ -44,7 +48,8 @@ class NoUsableText(CannotConverse):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much to write. `counted` roles fill `n_tokens`; the caps are in tokens."""
+    """How much to write. `counted` roles fill `n_tokens`; the caps are in tokens. `with_plain`: a third is
+    plain text, since what is weighed by chats alone loses more on prose (docs/log.md)."""
 
     purpose: Purpose
     seed: int
@@ -53,6 +58,7 @@ class Plan:
     n_parallel: int = 16
     max_question: int = 192
     max_answer: int = 384
+    with_plain: bool = False
 
     def request_seed(self, number: int, turn: int) -> int:
         """A 32-bit seed; calibration and evaluation never share one under the same --seed."""
@@ -62,12 +68,13 @@ class Plan:
 
 @dataclass(slots=True)
 class Turn:
-    """A turn being written."""
+    """A turn being written; `opening` is what plain text was begun with."""
 
     number: int
     temperature: float
     question: tuple[int, ...] | None = None  # None while the question itself is written
     question_text: str = ""
+    opening: tuple[int, ...] = ()
     tokens: list[int] = field(default_factory=list)
     text: str = ""
 
@@ -79,14 +86,16 @@ def converse(
     journal: Journal,
     *,
     bos: int | None = None,
+    openings: Sequence[tuple[int, ...]] = (),
     seen: Seen | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Add conversations to `journal` until `plan.n_tokens` are kept.
 
-    Without a frame (a base model) each is plain text from `bos` on. `seen` holds questions not to repeat.
+    Without a frame (a base model) each is plain text from `bos` on; with one, some are where there are
+    `openings`, token sequences that such text begins with. `seen` holds questions not to repeat.
     """
-    talk = Talk(writer, frame, plan, journal, bos=bos, seen=seen or Seen())
+    talk = Talk(writer, frame, plan, journal, bos=bos, openings=openings, seen=seen or Seen())
     talk.run(progress)
 
 
@@ -101,11 +110,13 @@ class Talk:
         journal: Journal,
         *,
         bos: int | None,
+        openings: Sequence[tuple[int, ...]],
         seen: Seen,
     ) -> None:
         if frame is None and bos is None:
             raise NothingToBeginFrom
-        self.writer, self.frame, self.plan, self.journal, self.bos = writer, frame, plan, journal, bos
+        self.writer, self.frame, self.plan, self.journal = writer, frame, plan, journal
+        self.bos, self.openings = bos, openings
         self.seen = seen
         for conversation in journal.accepted:
             self.seen.add(_opening(conversation))
@@ -138,13 +149,23 @@ class Talk:
             self.next_number += 1
         number = self.next_number
         self.next_number += 1
-        turn = Turn(number, TEMPERATURES[number % len(TEMPERATURES)])
-        if self.frame is None:
-            assert self.bos is not None
-            self._submit(turn, (self.bos,), self.plan.max_answer, turn.temperature)
+        turn = Turn(number, TEMPERATURES[number % len(TEMPERATURES)], opening=self._opening_of(number))
+        if turn.opening:
+            self._submit(turn, turn.opening, self.plan.max_answer, turn.temperature)
         else:
+            assert self.frame is not None
             warm = max(turn.temperature, MIN_QUESTION_TEMPERATURE)
             self._submit(turn, self.frame.before, self.plan.max_question, warm)
+
+    def _opening_of(self, number: int) -> tuple[int, ...]:
+        """What plain text is begun with; empty for a conversation. Only the number decides, so that a run
+        that goes on writes what it would have written."""
+        if self.frame is None:
+            assert self.bos is not None
+            return (self.bos,)
+        if not self.openings or number % PLAIN_PERIOD < PLAIN_PERIOD - len(TEMPERATURES):
+            return ()
+        return random.Random(self.plan.request_seed(number, 1)).choice(self.openings)
 
     def _submit(self, turn: Turn, prompt: tuple[int, ...], cap: int, temperature: float) -> None:
         answering = turn.question is not None
@@ -171,7 +192,7 @@ class Talk:
             raise event
 
     def _finish(self, turn: Turn, *, ended: bool, stop_token: int | None) -> None:
-        plain = self.frame is None
+        plain = bool(turn.opening)
         reason = fault(turn.tokens, turn.text, ended=ended or plain)
         asking = turn.question is None
         if reason is None and asking and self.seen.has(turn.tokens):
@@ -209,10 +230,10 @@ class Talk:
         return sum(conversation.count(role) for role in self.plan.counted)
 
     def _text(self, turn: Turn) -> Conversation:
-        assert self.bos is not None
+        """Plain text; what it was begun with is not the model's own."""
         self.seen.add(turn.tokens)
-        spans = (Span("template", 1), Span("assistant", len(turn.tokens)))
-        tokens = (self.bos, *turn.tokens)
+        spans = (Span("template", len(turn.opening)), Span("assistant", len(turn.tokens)))
+        tokens = (*turn.opening, *turn.tokens)
         seed = self.plan.request_seed(turn.number, 0)
         return Conversation(turn.number, seed, turn.temperature, tokens, spans, assistant=turn.text)
 

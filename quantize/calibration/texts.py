@@ -25,6 +25,8 @@ WINDOW = 512  # tokens of one sequence cut from a text file
 MIN_TEXT = 512  # tokens
 MIN_ANSWER = 32  # tokens
 MAX_TEXT_BYTES = 64 * 10**6
+N_WORDS = 1000  # that plain text may begin with
+MIN_WORDS = 100
 Progress = Callable[[int, int], None]
 
 
@@ -73,15 +75,29 @@ def write_conversations(
         frame = frame_of(model)
         around = sum(map(len, (frame.before, frame.between, frame.after))) if frame else 1
         plan = fitted(plan, around, n_ctx_train=model.n_ctx_train, has_turns=frame is not None)
+        openings = openings_of(model) if plan.with_plain and frame is not None else []
         n_ctx = around + plan.max_question + plan.max_answer + 8
         with open_loop(model, n_ctx, plan.n_parallel, backend) as loop:
             try:
-                converse(loop, frame, plan, journal, bos=model.bos_id, seen=seen, progress=progress)
+                converse(
+                    loop,
+                    frame,
+                    plan,
+                    journal,
+                    bos=model.bos_id,
+                    openings=openings,
+                    seen=seen,
+                    progress=progress,
+                )
             except NotANumber:
                 raise NotFinite from None
     how = "written by the model itself (run as Q8_0)"
     if frame is None:
         how += ", from BOS on: it has no chat template"
+    elif openings:
+        how += ", a third of it plain text from a frequent word on"
+    elif plan.with_plain:
+        how += ", chats alone: its vocabulary has too few words to begin plain text with"
     n_tokens = sum(len(conversation.tokens) for conversation in journal.accepted)
     return Written(how, len(journal.accepted), n_tokens, journal.reasons(), digest(out))
 
@@ -147,6 +163,29 @@ def frame_of(model: Model) -> Frame | None:
         eos_token=model.token_text(model.eos_id),
         add_bos=model.bos_id if model.adds_bos else None,
     )
+
+
+def openings_of(model: Model) -> list[tuple[int, ...]]:
+    """What a model that writes chats can begin plain text with: words with a capital, or of a script without,
+    tokenised as a text's first. Those that come first in the vocabulary are the most frequent; none where it
+    has too few.
+
+    BOS alone does not do: tuned models have made it the beginning of a chat.
+    """
+    words: dict[str, None] = {}
+    for token in range(model.n_vocab):
+        try:
+            word = model.piece(token).decode("utf-8").removeprefix(" ")
+        except UnicodeDecodeError:
+            continue
+        if len(word) > 1 and word.isalpha() and not word[0].islower() and not word[1:].isupper():
+            words[word] = None
+            if len(words) == N_WORDS:
+                break
+    if len(words) < MIN_WORDS:
+        return []
+    before = (model.bos_id,) if model.adds_bos and model.bos_id is not None else ()
+    return [(*before, *model.tokenize(word, add_special=False)) for word in words]
 
 
 @contextmanager

@@ -159,7 +159,7 @@ def test_flipped_header_bytes_parse_or_are_an_invalid_gguf(file, tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert refused > 300
-    # A count that is believed asks for gigabytes; whatever else the process has running takes some of this too.
+    # A count that is believed asks for gigabytes; whatever else the process runs takes some of this too.
     assert peak < 2**20
 
 

@@ -140,6 +140,23 @@ def test_a_base_model_writes_plain_text_from_bos(tmp_path):
     assert all(c.tokens[0] == 1 and c.count("assistant") == 3 for c in journal.accepted)
 
 
+def test_a_third_is_plain_text_where_there_is_something_to_begin_it_with(tmp_path):
+    openings = [(1, 50), (1, 51), (1, 52)]
+    writer = FakeWriter(lambda n, t: [100 + n, 200 + t, 300 + n, 400] if n != 4 else None)
+    plan = Plan("calibration", 7, 300, n_parallel=3)
+    journal = run(tmp_path, writer, plan=plan, openings=openings)
+    plain = {c.number: c for c in journal.accepted if not c.count("user")}
+    assert set(plain) == {n for n in journal.numbers if n % 6 in (4, 5)}  # though 4 never ends
+    assert {c.tokens[:2] for c in plain.values()} <= set(openings)
+    assert len({c.tokens[:2] for c in plain.values()}) > 1
+    for number, text in plain.items():
+        assert writer.requests[f"calibration-{number}-0"].prompt == text.tokens[:2]
+        assert text.spans[0] == Span("template", 2)
+        assert text.tokens[2:] == tuple(text.tokens[i] for i in text.positions("assistant"))
+    again = run(tmp_path / "again", FakeWriter(writer.say), plan=plan, openings=openings)
+    assert sorted(c.tokens for c in again.accepted) == sorted(c.tokens for c in journal.accepted)
+
+
 def test_without_template_and_bos_there_is_nothing_to_begin_from(tmp_path):
     with pytest.raises(NothingToBeginFrom, match="neither a chat template nor a BOS"):
         run(tmp_path, FakeWriter(), frame=None, bos=None)
