@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 import pytest
 from tokenizers import Tokenizer
 
+from engine.llama import Model
 from engine.request import Delta, Done, EngineError, GenerationRequest
 from quantize.calibration.calibrate import TEMPERATURES, NoUsableText, Plan, converse
 from quantize.calibration.conversation import Conversation, Journal, Span, read, windows
 from quantize.calibration.filters import Seen, fault, repeated_share
+from quantize.calibration.texts import openings_of
 from quantize.errors import QuantizeError
 from quantize.frame import Frame, NothingToBeginFrom, UnusableTemplate, why_mute
 from quantize.measure import passages
@@ -155,6 +157,45 @@ def test_a_third_is_plain_text_where_there_is_something_to_begin_it_with(tmp_pat
         assert text.tokens[2:] == tuple(text.tokens[i] for i in text.positions("assistant"))
     again = run(tmp_path / "again", FakeWriter(writer.say), plan=plan, openings=openings)
     assert sorted(c.tokens for c in again.accepted) == sorted(c.tokens for c in journal.accepted)
+
+
+def test_plain_text_begins_with_the_vocabularys_most_frequent_words(smollm2_gguf):
+    with Model.open(smollm2_gguf, n_gpu_layers=0, vocab_only=True) as model:
+        openings = openings_of(model)
+        words = [model.detokenize(opening) for opening in openings]
+        assert not model.adds_bos
+        assert openings[0] == tuple(model.tokenize("The", add_special=False))
+    assert len(set(words)) == len(words) == 1000
+    assert {"The", "This", "However", "American"} <= set(words)
+    assert all(word.isalpha() and word[0].isupper() for word in words)
+
+
+@dataclass
+class FakeVocabulary:
+    """Pieces by token id, of a model that begins texts with BOS."""
+
+    pieces: list[bytes]
+    bos_id: int = 0
+    adds_bos: bool = True
+
+    @property
+    def n_vocab(self):
+        return len(self.pieces)
+
+    def piece(self, token):
+        return self.pieces[token]
+
+    def tokenize(self, text, *, add_special):
+        assert not add_special
+        return [self.pieces.index(b" " + text.encode())]
+
+
+def test_openings_are_words_as_a_text_begins_with_them_after_bos():
+    others = [b"<s>", b"the", b" of", b"A", b"NASA", b"12", b"\xe4\xb8", b" The."]
+    words = [f" W{chr(97 + n // 26)}{chr(97 + n % 26)}".encode() for n in range(100)]
+    found = openings_of(FakeVocabulary([*others, *words]))
+    assert found == [(0, len(others) + n) for n in range(100)]
+    assert openings_of(FakeVocabulary([*others, *words[1:]])) == []
 
 
 def test_without_template_and_bos_there_is_nothing_to_begin_from(tmp_path):
