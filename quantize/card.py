@@ -153,7 +153,7 @@ def _mixes(report: Report) -> Iterable[str]:
                 "geometric mean over tensors"
             )
         yield f"### {file.type}"
-        yield f"{told}. The best few were rounded to nearest and measured on calibration text:"
+        yield f"{told}. The best few were rounded and measured on calibration text:"
         rows = [
             (
                 f"{tried.size_bytes / 1e6:.2f}",

@@ -59,7 +59,7 @@ class FileReport:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A mix that was measured on calibration text, rounded to nearest: mean KLD predicted and found."""
+    """A mix that was measured on calibration text: mean KLD predicted and found."""
 
     predicted: float
     measured: float

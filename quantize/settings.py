@@ -64,7 +64,7 @@ class Settings:
     types: tuple[str, ...] = DEFAULT_TYPES
     adapter: Path | None = None
     calibration: Literal["self", "none"] | Path = "self"
-    calibration_tokens: int = 16_384
+    calibration_tokens: int = 24_576
     eval_tokens: int = 8_192
     eval_text: Path | None = None
     budgets: tuple[Budget, ...] = ()

@@ -16,7 +16,7 @@ from quantize.calibration import calibrate, filters
 from quantize.calibration.calibrate import Plan, Purpose
 from quantize.calibration.conversation import Role, read
 from quantize.calibration.importance import collect
-from quantize.calibration.texts import WINDOW, Written, cut_text, write_conversations
+from quantize.calibration.texts import N_WORDS, WINDOW, Written, cut_text, write_conversations
 from quantize.convert import convert
 from quantize.describe import Description
 from quantize.frame import VARIABLES
@@ -41,7 +41,7 @@ TEXT_RULES = {
     "temperatures": calibrate.TEMPERATURES,
     "min_question_temperature": calibrate.MIN_QUESTION_TEMPERATURE,
     "min_p": calibrate.MIN_P,
-    "plain_period": calibrate.PLAIN_PERIOD,
+    "plain": (calibrate.PLAIN_PERIOD, calibrate.PLAIN_TEMPERATURES, calibrate.PLAIN_MIN_P, N_WORDS),
     "template": VARIABLES,
     "loop": (filters.LOOP_MIN, filters.LOOP_SHARE, filters.SAME_SHARE, filters.MIN_TOKENS),
 }

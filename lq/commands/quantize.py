@@ -122,7 +122,7 @@ def quantize(
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of all that the model writes.")] = 0,
     calibration_tokens: Annotated[
         int, typer.Option("--calibration-tokens", metavar="N", help="Calibration text, in tokens.")
-    ] = 16_384,
+    ] = 24_576,
     eval_tokens: Annotated[
         int, typer.Option("--eval-tokens", metavar="N", help="Tokens scored per kind of held-out text.")
     ] = 8_192,

@@ -22,8 +22,11 @@ TEMPERATURES = (0.5, 1.5)
 MIN_QUESTION_TEMPERATURE = 1.0
 MIN_P = 0.05
 
-#: Of so many pieces in a row the last two, one a temperature, are plain text where that is asked for.
-PLAIN_PERIOD = 6
+#: Of so many pieces in a row the last two, one a temperature, are plain text where that is asked for. It is
+#: written hot: what is rounded by it loses least on text that no model wrote (docs/log.md).
+PLAIN_PERIOD = 4
+PLAIN_TEMPERATURES = (1.0, 2.0)
+PLAIN_MIN_P = 0.02
 
 #: Give up when this many in a row were dropped.
 MAX_DROPPED = 200
@@ -48,8 +51,8 @@ class NoUsableText(CannotConverse):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much to write. `counted` roles fill `n_tokens`; the caps are in tokens. `with_plain`: a third is
-    plain text, since what is weighed by chats alone loses more on prose (docs/log.md)."""
+    """How much to write. `counted` roles fill `n_tokens`; the caps are in tokens. `with_plain`: every
+    other piece is plain text, since what is weighed by chats alone loses more on prose (docs/log.md)."""
 
     purpose: Purpose
     seed: int
@@ -149,7 +152,9 @@ class Talk:
             self.next_number += 1
         number = self.next_number
         self.next_number += 1
-        turn = Turn(number, TEMPERATURES[number % len(TEMPERATURES)], opening=self._opening_of(number))
+        opening = self._opening_of(number)
+        temperatures = PLAIN_TEMPERATURES if opening and self.frame else TEMPERATURES
+        turn = Turn(number, temperatures[number % len(temperatures)], opening=opening)
         if turn.opening:
             self._submit(turn, turn.opening, self.plan.max_answer, turn.temperature)
         else:
@@ -163,7 +168,7 @@ class Talk:
         if self.frame is None:
             assert self.bos is not None
             return (self.bos,)
-        if not self.openings or number % PLAIN_PERIOD < PLAIN_PERIOD - len(TEMPERATURES):
+        if not self.openings or number % PLAIN_PERIOD < PLAIN_PERIOD - len(PLAIN_TEMPERATURES):
             return ()
         return random.Random(self.plan.request_seed(number, 1)).choice(self.openings)
 
@@ -173,7 +178,7 @@ class Talk:
             temperature=temperature,
             top_k=0,
             top_p=1.0,
-            min_p=MIN_P,
+            min_p=PLAIN_MIN_P if turn.opening and self.frame else MIN_P,
             seed=self.plan.request_seed(turn.number, int(answering)),
         )
         id = f"{self.plan.purpose}-{turn.number}-{int(answering)}"

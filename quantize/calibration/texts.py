@@ -25,7 +25,7 @@ WINDOW = 512  # tokens of one sequence cut from a text file
 MIN_TEXT = 512  # tokens
 MIN_ANSWER = 32  # tokens
 MAX_TEXT_BYTES = 64 * 10**6
-N_WORDS = 1000  # that plain text may begin with
+N_WORDS = 20_000  # that plain text may begin with
 MIN_WORDS = 100
 Progress = Callable[[int, int], None]
 
@@ -95,7 +95,7 @@ def write_conversations(
     if frame is None:
         how += ", from BOS on: it has no chat template"
     elif openings:
-        how += ", a third of it plain text from a frequent word on"
+        how += ", every other one plain text from a word on"
     elif plan.with_plain:
         how += ", chats alone: its vocabulary has too few words to begin plain text with"
     n_tokens = sum(len(conversation.tokens) for conversation in journal.accepted)
@@ -167,8 +167,8 @@ def frame_of(model: Model) -> Frame | None:
 
 def openings_of(model: Model) -> list[tuple[int, ...]]:
     """What a model that writes chats can begin plain text with: words with a capital, or of a script without,
-    tokenised as a text's first. Those that come first in the vocabulary are the most frequent; none where it
-    has too few.
+    tokenised as a text's first. None where the vocabulary has too few of them; of a large one the first,
+    which are the most frequent.
 
     BOS alone does not do: tuned models have made it the beginning of a chat.
     """

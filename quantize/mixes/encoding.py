@@ -19,7 +19,7 @@ from quantize.gguf_files.types import quantize_rows
 from quantize.mixes.candidates import Candidates
 from quantize.network.hessian import InputMoments, input_of
 from quantize.rounding.curvature import Curvature, prepare
-from quantize.rounding.matrix import round_matrix
+from quantize.rounding.matrix import Rounded, round_matrix
 from quantize.steps import write_text
 
 LEAST_GAIN = 1e-6  # of a tensor that lies on the lattice of its type already
@@ -83,14 +83,18 @@ class Best:
         """(rows, row_bytes) uint8."""
         if rows.type not in FORMATS:
             return Nearest(self.candidates)(rows)
-        rounded = round_matrix(
+        rounded = self.rounded(rows)
+        self.losses.add(rows.tensor, rows.type, rounded.loss, rounded.baseline_loss)
+        return rounded.data
+
+    def rounded(self, rows: Rows) -> Rounded:
+        """With its losses; of a type in FORMATS."""
+        return round_matrix(
             rows.weights,
             rows.type,
             hessian=self._curvature(rows.tensor),
             importance=self.candidates.importance(rows.tensor, rows.weights.shape[1], rows.matrix),
         )
-        self.losses.add(rows.tensor, rows.type, rounded.loss, rounded.baseline_loss)
-        return rounded.data
 
     def _curvature(self, tensor: str) -> Curvature | None:
         if tensor in self.lookups:

@@ -26,6 +26,7 @@ from quantize.mixes.allocate import Choice, Interactions, Mix, Objective, Tensor
 from quantize.mixes.budget import FIT, Budget, fit, room
 from quantize.mixes.candidates import TYPES, Candidates
 from quantize.mixes.encoding import Best, Losses, Nearest, one_thread
+from quantize.mixes.gains import Sampler, factor, rounding_gains
 from quantize.mixes.kernel_times import KernelTimes, Shape, kernel_times
 from quantize.network.hessian import Hessians, input_of
 from quantize.network.network import Network, lookups
@@ -45,8 +46,8 @@ CHOOSING_TOKENS = 2048
 #: Of free memory what rounding may take, and what of it a weight of the largest matrix and a number of the
 #: widest Hessian do: the matrix, what it is rounded to and its bytes; the factors.
 MEMORY_SHARE, BYTES_A_WEIGHT, BYTES_A_MOMENT = 0.6, 12, 24
-#: Changes when the same inputs come to other bytes.
-VERSION = 1
+#: Change when the same inputs come to other sensitivities, and to other bytes.
+MEASURING, VERSION = 1, 2
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -82,7 +83,7 @@ class Mixes:
     def sensitivities(self) -> Step:
         """What each type costs each tensor, and the Hessians, which are collected on the way."""
         parameters = {
-            "version": VERSION,
+            "version": MEASURING,
             "types": TYPES,
             "window": WINDOW,
             "sampling": dataclasses.asdict(SAMPLING),
@@ -153,11 +154,38 @@ class Mixes:
         matrix = ImportanceMatrix.read(self.request.matrix)
         return ImportanceNote(self.request.matrix.name, len(matrix.entries), None, matrix.n_chunks)
 
+    @cached_property
+    def gains(self) -> Step:
+        """What rounding better than to nearest leaves of each type's cost."""
+        needs, out = (self.sensitivities, self.hessians, self.ready[0]), self._gain_file
+        return Step("rounding-gains", self._sample, {"version": VERSION}, needs, (out,))
+
+    @property
+    def _gain_file(self) -> Path:
+        return self.request.folder / "rounding-gains.json"
+
+    def _sample(self) -> Facts:
+        folder = self.request.folder / "gains" / self.gains.key[:16]
+        sampler = Sampler(self._source, self._source.choices(TYPES), self._best(Losses(folder)), folder)
+        found = rounding_gains(
+            sampler,
+            n_processes=self._crew().n_processes,
+            progress=lambda done, total: self.request.progress("rounding samples", done, total),
+        )
+        write_text(self._gain_file, json.dumps(found, indent=1))
+        return {"gains": found}
+
+    def _best(self, losses: Losses) -> Best:
+        return Best(self._candidates, self._hessians, losses, lookups(self._source.files))
+
     def plan(self, budget: Budget) -> Step:
         """Which type each tensor gets."""
-        parameters = {"budget": dataclasses.asdict(budget), "objective": self.request.objective}
-        needs, out = (self.sensitivities, self.ready[0]), self._plan_file(budget)
-        return Step(f"mix-{budget.label}", lambda: self._plan(budget), parameters, needs, (out,))
+        asked = {"budget": dataclasses.asdict(budget), "objective": self.request.objective}
+        needs = (self.sensitivities, self.gains, self.hessians, self.ready[0])
+        parameters = {"version": VERSION, **asked}
+        return Step(
+            f"mix-{budget.label}", lambda: self._plan(budget), parameters, needs, (self._plan_file(budget),)
+        )
 
     def _plan_file(self, budget: Budget) -> Path:
         return self.request.folder / f"mix-{budget.label}.json"
@@ -189,12 +217,14 @@ class Mixes:
     def _tensors(self, found: Sensitivities, choices: Mapping[str, Mapping[str, int]]) -> list[Tensor]:
         """Every tensor with what each of its types takes: bytes, divergence and, where they count, time."""
         costs, times, header = found.shrunk(), self._times(), read_header(self.request.source)
+        gains = json.loads(self._gain_file.read_text("utf-8"))
         result = []
         for tensor in self._source.quantizable:
             row, listed = found.names.index(tensor.name), []
             for kind, size in choices[tensor.name].items():
                 ms = times.milliseconds(header, tensor, kind) if times else 0.0
-                listed.append(Choice(kind, size, float(costs[row, found.types.index(kind)]), ms))
+                cost = float(costs[row, found.types.index(kind)]) * factor(gains, tensor.name, kind)
+                listed.append(Choice(kind, size, cost, ms))
             result.append(Tensor(tensor.name, tuple(listed)))
         return result
 
@@ -211,24 +241,34 @@ class Mixes:
         )  # fmt: skip
 
     def _try(self, mixes: Sequence[Mix]) -> list[float]:
-        """Mean divergence of mixes rounded to nearest, on some of the calibration text."""
+        """Mean divergence of mixes on some of the calibration text. What is rounded for one is not again for
+        another, nor for the file."""
         folder = self.request.folder / "tries"
         folder.mkdir(parents=True, exist_ok=True)
         passages, backend = some(self.request.passages(), CHOOSING_TOKENS), self.request.backend
         reference = folder / f"reference-{self.sensitivities.key[:16]}.f32"
         if not reference.exists():  # of another budget of this run
             write_reference(self.request.source, passages, reference, backend=backend)
-        found, encode = [], self._exact(Nearest(self._candidates))
+        found = []
         for number, mix in enumerate(mixes):
-            self.request.progress("trying the best mixes", number, len(mixes))
             out = folder / "try.gguf"
-            write_mixed(
-                self._source, out, mix.types, encode, parts=self._parts("tries"),
-                made_from=lambda *_: f"nearest {self.sensitivities.key}", note=self._note,
-            )  # fmt: skip
+            self._write(out, mix.types, f"rounding mix {number + 1} of {len(mixes)}")
+            self.request.progress("trying the best mixes", number, len(mixes))
             found.append(measure(out, passages, reference, backend=backend).kl.mean)
             out.unlink()
         return found
+
+    def _write(self, out: Path, types: Mapping[str, str], what: str) -> Losses:
+        """A file of these types, rounded as well as can be; its tensors are kept as parts."""
+        parts = self._parts("best")
+        losses = Losses(parts.folder)
+        write_mixed(
+            self._source, out, types, self._exact(self._best(losses)), parts=parts,
+            made_from=lambda *_: f"best {VERSION} {self.sensitivities.key}", note=self._note,
+            whole_matrices=True, crew=self._crew(),
+            progress=lambda name, done, total: self.request.progress(f"{what}: {name}", done, total),
+        )  # fmt: skip
+        return losses
 
     def _exact(self, encode: Encode) -> Encode:
         """The same, but for tensors that are packed as they are."""
@@ -237,7 +277,7 @@ class Mixes:
     @property
     def scratch(self) -> tuple[Path, ...]:
         """Large folders that no finished run needs again."""
-        return (self.hessian_folder, self.request.folder / "parts", self.request.folder / "tries")
+        return tuple(self.request.folder / name for name in ("hessians", "parts", "tries", "gains"))
 
     def _parts(self, name: str) -> Parts:
         folder = self.request.folder / "parts" / name
@@ -256,18 +296,7 @@ class Mixes:
 
     def _make(self, budget: Budget, out: Path) -> Facts:
         chosen = json.loads(self._plan_file(budget).read_text("utf-8"))
-        parts = self._parts("best")
-        losses = Losses(parts.folder)
-        encode = Best(self._candidates, self._hessians, losses, lookups(self._source.files))
-
-        def tell(name: str, done: int, total: int) -> None:
-            self.request.progress(f"rounding {out.name}: {name}", done, total)
-
-        write_mixed(
-            self._source, out, chosen, self._exact(encode), parts=parts,
-            made_from=lambda *_: f"best {VERSION} {self.sensitivities.key}", note=self._note,
-            whole_matrices=True, progress=tell, crew=self._crew(),
-        )  # fmt: skip
+        losses = self._write(out, chosen, f"rounding {out.name}")
         if self.request.finish is not None:
             self.request.finish(out)
         return {

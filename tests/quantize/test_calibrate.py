@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from engine.llama import Model
 from engine.request import Delta, Done, EngineError, GenerationRequest
-from quantize.calibration.calibrate import TEMPERATURES, NoUsableText, Plan, converse
+from quantize.calibration.calibrate import PLAIN_TEMPERATURES, TEMPERATURES, NoUsableText, Plan, converse
 from quantize.calibration.conversation import Conversation, Journal, Span, read, windows
 from quantize.calibration.filters import Seen, fault, repeated_share
 from quantize.calibration.texts import openings_of
@@ -142,15 +142,17 @@ def test_a_base_model_writes_plain_text_from_bos(tmp_path):
     assert all(c.tokens[0] == 1 and c.count("assistant") == 3 for c in journal.accepted)
 
 
-def test_a_third_is_plain_text_where_there_is_something_to_begin_it_with(tmp_path):
+def test_every_other_piece_is_plain_text_where_there_is_something_to_begin_it_with(tmp_path):
     openings = [(1, 50), (1, 51), (1, 52)]
-    writer = FakeWriter(lambda n, t: [100 + n, 200 + t, 300 + n, 400] if n != 4 else None)
+    writer = FakeWriter(lambda n, t: [100 + n, 200 + t, 300 + n, 400] if n != 2 else None)
     plan = Plan("calibration", 7, 300, n_parallel=3)
     journal = run(tmp_path, writer, plan=plan, openings=openings)
     plain = {c.number: c for c in journal.accepted if not c.count("user")}
-    assert set(plain) == {n for n in journal.numbers if n % 6 in (4, 5)}  # though 4 never ends
+    assert set(plain) == {n for n in journal.numbers if n % 4 in (2, 3)}  # 2 never ends, and may be cut
     assert {c.tokens[:2] for c in plain.values()} <= set(openings)
     assert len({c.tokens[:2] for c in plain.values()}) > 1
+    hot = {writer.requests[f"calibration-{number}-0"].sampling.temperature for number in plain}
+    assert hot == set(PLAIN_TEMPERATURES)
     for number, text in plain.items():
         assert writer.requests[f"calibration-{number}-0"].prompt == text.tokens[:2]
         assert text.spans[0] == Span("template", 2)
@@ -165,9 +167,9 @@ def test_plain_text_begins_with_the_vocabularys_most_frequent_words(smollm2_gguf
         words = [model.detokenize(opening) for opening in openings]
         assert not model.adds_bos
         assert openings[0] == tuple(model.tokenize("The", add_special=False))
-    assert len(set(words)) == len(words) == 1000
+    assert len(set(words)) == len(words) > 4000
     assert {"The", "This", "However", "American"} <= set(words)
-    assert all(word.isalpha() and word[0].isupper() for word in words)
+    assert all(word.isalpha() and not word[0].islower() for word in words)
 
 
 @dataclass

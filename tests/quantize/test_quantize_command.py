@@ -66,7 +66,9 @@ def test_the_small_model_is_quantized_measured_and_stays_close(lq, smollm2_check
     assert q8["chats"]["kl"]["mean"] < 0.01
     assert q8["chats"]["kl"]["mean"] < q4["chats"]["kl"]["mean"] < 0.5
     assert q8["chats"]["same_top"]["mean"] > 0.9
-    assert report["calibration"]["origin"].startswith("written by the model itself (run as Q8_0), a third of")
+    assert report["calibration"]["origin"].startswith(
+        "written by the model itself (run as Q8_0), every other"
+    )
     assert report["source"]["types"]["shares"][0]["type"] == "BF16"
     lines = map(json.loads, (out / "work" / "evaluation.jsonl").read_text("utf-8").splitlines())
     first = next(line for line in lines if "tokens" in line)  # others say why a conversation was dropped
@@ -85,7 +87,7 @@ def test_help_names_every_option_with_unit_and_default(lq):
         "--prune-layers", "--kv-cache",
     ):  # fmt: skip
         assert option in text, option
-    assert "16384" in text
+    assert "24576" in text
     assert "tokens" in text
 
 
