@@ -10,6 +10,7 @@ import pytest
 from quantize.mixes import mixing
 from quantize.mixes.allocate import (
     ALLOWANCE,
+    RUNNERS_UP,
     Allocation,
     BudgetTooSmall,
     Choice,
@@ -162,7 +163,7 @@ def test_runner_ups_fit_are_ordered_and_differ_in_a_measurable_part_of_the_bytes
     budget = budget_between(tensors, 0.4)
     found = allocate(tensors, budget)
     mixes = [found.best, *found.runners_up]
-    assert 4 <= len(mixes) <= 5
+    assert len(mixes) == 1 + RUNNERS_UP
     assert [mix.cost for mix in mixes] == sorted(mix.cost for mix in mixes)
     assert all(mix.size_bytes <= budget for mix in mixes)
     assert mixes[-1].cost < 1.25 * mixes[0].cost
