@@ -153,7 +153,7 @@ class Talk:
         number = self.next_number
         self.next_number += 1
         opening = self._opening_of(number)
-        temperatures = PLAIN_TEMPERATURES if opening and self.frame else TEMPERATURES
+        temperatures = PLAIN_TEMPERATURES if self._is_hot(opening) else TEMPERATURES
         turn = Turn(number, temperatures[number % len(temperatures)], opening=opening)
         if turn.opening:
             self._submit(turn, turn.opening, self.plan.max_answer, turn.temperature)
@@ -172,13 +172,17 @@ class Talk:
             return ()
         return random.Random(self.plan.request_seed(number, 1)).choice(self.openings)
 
+    def _is_hot(self, opening: tuple[int, ...]) -> bool:
+        """Plain text beside chats is; all that a base model writes is as chats are."""
+        return bool(opening) and self.frame is not None
+
     def _submit(self, turn: Turn, prompt: tuple[int, ...], cap: int, temperature: float) -> None:
         answering = turn.question is not None
         sampling = Sampling(
             temperature=temperature,
             top_k=0,
             top_p=1.0,
-            min_p=PLAIN_MIN_P if turn.opening and self.frame else MIN_P,
+            min_p=PLAIN_MIN_P if self._is_hot(turn.opening) else MIN_P,
             seed=self.plan.request_seed(turn.number, int(answering)),
         )
         id = f"{self.plan.purpose}-{turn.number}-{int(answering)}"

@@ -260,7 +260,8 @@ class Mixes:
 
     def _write(self, out: Path, types: Mapping[str, str], what: str) -> Losses:
         """A file of these types, rounded as well as can be; its tensors are kept as parts."""
-        parts = self._parts("best")
+        parts = Parts(self.request.folder / "parts")
+        parts.folder.mkdir(parents=True, exist_ok=True)
         losses = Losses(parts.folder)
         write_mixed(
             self._source, out, types, self._exact(self._best(losses)), parts=parts,
@@ -278,11 +279,6 @@ class Mixes:
     def scratch(self) -> tuple[Path, ...]:
         """Large folders that no finished run needs again."""
         return tuple(self.request.folder / name for name in ("hessians", "parts", "tries", "gains"))
-
-    def _parts(self, name: str) -> Parts:
-        folder = self.request.folder / "parts" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        return Parts(folder)
 
     def file(self, budget: Budget, out: Path) -> Step:
         """The file itself, every tensor rounded as well as can be."""
