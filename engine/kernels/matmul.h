@@ -7,8 +7,11 @@
 #include <cstddef>
 #include <cstdint>
 
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(__AVX512F__) && !defined(__AVXVNNI__)
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define MATMUL_WITH_AVX2
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VNNI__)
+#define MATMUL_WITH_VNNI
+#endif
 
 constexpr int MAX_ROWS = 16;  // computed together
 

@@ -2,6 +2,7 @@
 // before it takes its own (traits.h there); its repacked weights work so. kernels_install() puts one more such
 // type at the head of the list, which holds no buffers and only answers.
 
+#include "matmul.h"
 #include "plugin.h"
 
 #include <vector>
@@ -56,6 +57,10 @@ const char * kernels_version() { return LLAMA_VERSION; }
 bool kernels_fit_cpu() {
 #if defined(__AVX512F__)
     if (!__builtin_cpu_supports("avx512f")) return false;
+#endif
+#if defined(MATMUL_WITH_VNNI)
+    if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq")) return false;
+    if (!__builtin_cpu_supports("avx512vnni")) return false;
 #endif
 #if defined(__AVX2__)
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return false;

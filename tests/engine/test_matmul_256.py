@@ -14,7 +14,7 @@ from tests.engine.ggml_graph import MatmulProcess, Weights
 
 pytestmark = pytest.mark.skipif(
     not library_path().is_file() or calls("matmul") < 0,
-    reason="lq was installed without a C++ compiler, or this CPU has better than AVX2: no kernel",
+    reason="lq was installed without a C++ compiler, or this CPU has no AVX2: no kernel",
 )
 N_ROWS = (2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 40, 130)  # at and around a pass of 16, and many
 BLOCK = 256
@@ -34,7 +34,7 @@ def q6_k(scale: np.ndarray, minimum: np.ndarray, scales: np.ndarray, quants: np.
 
 # ggml_type, encoder, bytes of scales and of quants, repacked, columns
 TYPES = {
-    "Q4_K": (12, with_minima, 12, 128, True, 40),
+    "Q4_K": (12, with_minima, 12, 128, True, 48),
     "Q5_K": (13, with_minima, 12, 160, False, 13),
     "Q6_K": (14, q6_k, 16, 192, False, 13),
 }
