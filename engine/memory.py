@@ -14,6 +14,7 @@ from engine.request import EngineConfig
 #: Makes glibc ask for huge pages; read when a process starts. Other C libraries ignore it.
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 TUNABLES = "GLIBC_TUNABLES"
+CGROUP = Path("/sys/fs/cgroup")
 SHARE = 0.5  # of the memory that is free now, which weights may take as their own
 
 
@@ -40,7 +41,14 @@ def available_memory() -> int:
     import psutil
 
     free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
     if limit.is_file() and used.is_file() and (allowed := limit.read_text().strip()) != "max":
-        free = min(free, int(allowed) - int(used.read_text()))
+        free = min(free, int(allowed) - int(used.read_text()) + _reclaimable())
     return max(0, free)
+
+
+def _reclaimable() -> int:
+    """Pages of files that a control group is charged for and gives up at once: those not used of late."""
+    file = CGROUP / "memory.stat"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)

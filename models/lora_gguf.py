@@ -19,6 +19,9 @@ from models.lora import Adapter, AdapterMismatch, Factors
 ARCHITECTURES = frozenset({"llama", "qwen2", "qwen3", "gemma3", "phi3"})
 _PERMUTED = frozenset({"llama"})
 _EMBEDDING, _HEAD = "token_embd", "output"
+#: Key of a GGUF whose weights `lq quantize --explore` changed before rounding: what was done, by commas. The
+#: model is the same, but a factor trained on the checkpoint meets other inputs and rows.
+TRANSFORMS = "lq.transforms"
 #: The way out for models that `lq quantize` cannot merge into either.
 _GGUF_ADAPTER = "give a GGUF adapter, such as llama.cpp's convert_lora_to_gguf.py writes"
 
@@ -61,6 +64,12 @@ def _refuse(adapter: Adapter, base: Header) -> None:
             f"adapters for the architecture {base.architecture!r} are not converted, only for "
             f"{', '.join(sorted(ARCHITECTURES))}",
             remedy=_GGUF_ADAPTER,
+        )
+    if TRANSFORMS in base.metadata:
+        raise NotConvertible(
+            adapter.path,
+            f"the weights of {base.path.name} were changed before rounding ({base.metadata[TRANSFORMS]}), "
+            "and an adapter trained on the checkpoint does not fit them",
         )
     if adapter.config.use_dora:
         raise NotConvertible(adapter.path, "a DoRA adapter (use_dora) cannot be applied while serving")

@@ -22,6 +22,7 @@ from quantize.divergence import Estimate
 from quantize.errors import QuantizeError
 from quantize.frame import CannotConverse
 from quantize.mixes import chart
+from quantize.mixes.steps import Mixes
 from quantize.plots import divergence_figure, png, speed_figure, svg, tradeoff_figure
 from quantize.recovery.steps import trained_of
 from quantize.report import (
@@ -87,7 +88,7 @@ class _Run:
         work, settings = self.work, self.settings
         refuse_too_small_a_disk(settings.out, self.ledger.pending(work.steps()))
         source = self._source()
-        for step in work.structure.checks:
+        for step in work.checks:
             self.ensure(step)
         text = self._text(work.text, "text")
         calibration = self._text(work.calibration, None)
@@ -268,9 +269,8 @@ def _clear(work: Work) -> None:
         large.append(work.source_file)
     for path in large:
         path.unlink(missing_ok=True)
-    if work.settings.budgets:
-        for folder in work.mixes.scratch:
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in Mixes.scratch(work.folder):  # also of a run for budgets that was stopped before this one
+        shutil.rmtree(folder, ignore_errors=True)
     if work.transforms is not None:
         work.transforms.clear()
 
@@ -281,8 +281,7 @@ def _locked(out: Path) -> Iterator[None]:
     lock = FileLock(out / "work" / ".lock", timeout=0)
     try:
         with lock:
-            folders = (out, out / "work", out / "work" / "recovery")
-            for left in (path for folder in folders for path in folder.glob(LEFT_BEHIND)):
+            for left in (*out.glob(LEFT_BEHIND), *(out / "work").rglob(LEFT_BEHIND)):
                 left.unlink()  # by a run that was killed
             yield
     except Timeout:

@@ -166,13 +166,20 @@ class Settings:
             raise UnusableSource(
                 given, "--lora is merged into a checkpoint, and this is a GGUF; give its folder"
             )
-        if self.recover:
+        if self.recover or self.budgets:
             read_shape(read_header(self.source.path))
         if self.pre is not None:
             raise UnusableSource(
                 given, "--pre is for converting a checkpoint, and this is a GGUF; leave it out"
             )
-        if not is_full_precision(read_header(self.source.path)) and not self.allow_requantize:
+        whole = is_full_precision(read_header(self.source.path))
+        if (self.budgets or self.explore is not None) and not whole:
+            raise UnusableSource(
+                given,
+                "this GGUF is quantized already, and budgets and --explore want tensors that are not; give "
+                "an F32, F16 or BF16 source, or --types alone with --allow-requantize",
+            )
+        if not whole and not self.allow_requantize:
             raise UnusableSource(
                 given,
                 "this GGUF is quantized already, and quantizing again adds to its errors; give an F32, "

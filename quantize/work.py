@@ -277,12 +277,21 @@ class Work:
             progress=self.progress,
             passages=lambda: self.passages(calibration, role),
             times=self.settings.times or self.folder / "kernel-times.json",
+            most_bytes=least_bytes("Q8_0", self.description),
             finish=None if changes is None else changes.finish,
             lattices=self.structure.known_lattices if changes is None else dict,
         )
         if changes is not None:
             return Mixes(request, (changes.changed, calibration, changes.changed))
         return Mixes(request, (self.structure.weights, calibration, self.importance, self.structure.lattices))
+
+    @property
+    def checks(self) -> list[Step]:
+        """What refuses what cannot work, before anything takes long."""
+        budgets, found = self.settings.budgets, self.structure.checks
+        if budgets and self.structure.layers is None and self.transforms is None:
+            found.append(self.mixes.check(budgets))
+        return found
 
     @cached_property
     def recoveries(self) -> Recoveries:

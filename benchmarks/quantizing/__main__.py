@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is asked for, print the tables, and write them."""
     args = parsed(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    yard = Yard(args.run, args.out, Backend(args.threads), say)
+    yard = Yard.open(args.run, args.out, Backend(args.threads), say)
     matrices = {"self": args.run / "imatrix.gguf", **dict(args.matrix)}
     stock = [
         yard.recipe(kind, name, path) for kind in parse_types(args.types) for name, path in matrices.items()

@@ -5,6 +5,7 @@ measured.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from quantize.divergence import Divergence
 from quantize.gguf_files.child import quantize
 from quantize.gguf_files.types import Order
 from quantize.measure import Backend, Passage, measure, passages, write_reference
+from quantize.mixes.steps import VERSION
 from quantize.report import divergence_of
 from quantize.source import digest
 from quantize.speed import measure_speed
@@ -44,6 +46,17 @@ class Yard:
     backend: Backend
     say: Say
 
+    @classmethod
+    def open(cls, run: Path, out: Path, backend: Backend, say: Say) -> "Yard":
+        """In a folder below `out` for this model, these texts, this matrix and the rounding of this version:
+        nothing that was measured with others is taken for theirs."""
+        used = [run / "imatrix.gguf", *(run / "work" / name for name in ("source.gguf", "calibration.jsonl"))]
+        used += [run / "work" / f"{text}.jsonl" for text in TEXTS]
+        told = [VERSION, backend.n_threads, *(digest(path) if path.exists() else None for path in used)]
+        folder = out / hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(run, folder, backend, say)
+
     @property
     def source(self) -> Path:
         """The run's full-precision GGUF, there after --keep-source."""
@@ -61,9 +74,8 @@ class Yard:
     def recipe(self, kind: str, matrix_name: str, matrix: Path) -> Measured:
         """llama.cpp's own recipe with an importance matrix."""
         threads = self.backend.n_threads or 0
-        return self.once(
-            f"{kind}, {matrix_name}", lambda out: _quantize(Order(self.source, out, kind, matrix, threads))
-        )
+        name = f"{kind}, {matrix_name} {digest(matrix)[:8]}"
+        return self.once(name, lambda out: _quantize(Order(self.source, out, kind, matrix, threads)))
 
     def once(self, name: str, make: Callable[[Path], None]) -> Measured:
         """A file that `make` writes where it is told to, measured, deleted; unless that was done before."""

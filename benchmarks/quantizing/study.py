@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (args.run / "work" / "sensitivities.npz").is_file():
         parser.error(f"{args.run} holds no sensitivities; RUN is a run with --size and --keep-source")
     args.out.mkdir(parents=True, exist_ok=True)
-    text = studies[args.study](Bench(Yard(args.run, args.out, Backend(args.threads), say)))
+    text = studies[args.study](Bench(Yard.open(args.run, args.out, Backend(args.threads), say)))
     (args.out / f"{args.study}.md").write_text(text, "utf-8")
     print(text)
     return 0

@@ -2,7 +2,6 @@
 // before it takes its own (traits.h there); its repacked weights work so. kernels_install() puts one more such
 // type at the head of the list, which holds no buffers and only answers.
 
-#include "matmul.h"
 #include "plugin.h"
 
 #include <vector>
@@ -53,18 +52,46 @@ void kernels_install(std::vector<void *> & (*extra_buffer_types)(), const Ggml *
 // The llama-cpp-python whose headers and private layouts this was compiled with.
 const char * kernels_version() { return LLAMA_VERSION; }
 
-// Whether this CPU has what the compiler was allowed to use.
+// Whether this CPU has what the compiler was allowed to use, of what it may use by itself.
 bool kernels_fit_cpu() {
+#define NEED(feature) if (!__builtin_cpu_supports(feature)) return false
 #if defined(__AVX512F__)
-    if (!__builtin_cpu_supports("avx512f")) return false;
+    NEED("avx512f");
 #endif
-#if defined(MATMUL_WITH_VNNI)
-    if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq")) return false;
-    if (!__builtin_cpu_supports("avx512vnni")) return false;
+#if defined(__AVX512BW__)
+    NEED("avx512bw");
+#endif
+#if defined(__AVX512DQ__)
+    NEED("avx512dq");
+#endif
+#if defined(__AVX512VL__)
+    NEED("avx512vl");
+#endif
+#if defined(__AVX512VNNI__)
+    NEED("avx512vnni");
+#endif
+#if defined(__AVX512VBMI__)
+    NEED("avx512vbmi");
+#endif
+#if defined(__AVX512VBMI2__)
+    NEED("avx512vbmi2");
+#endif
+#if defined(__AVX512BITALG__)
+    NEED("avx512bitalg");
+#endif
+#if defined(__AVX512VPOPCNTDQ__)
+    NEED("avx512vpopcntdq");
 #endif
 #if defined(__AVX2__)
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return false;
+    NEED("avx2");
 #endif
+#if defined(__FMA__)
+    NEED("fma");
+#endif
+#if defined(__BMI2__)
+    NEED("bmi2");
+#endif
+#undef NEED
     return true;
 }
 }

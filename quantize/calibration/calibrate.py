@@ -96,10 +96,18 @@ def converse(
     """Add conversations to `journal` until `plan.n_tokens` are kept.
 
     Without a frame (a base model) each is plain text from `bos` on; with one, some are where there are
-    `openings`, token sequences that such text begins with. `seen` holds questions not to repeat.
+    `openings`, token sequences that such text begins with. `seen` holds what is not to be repeated.
     """
     talk = Talk(writer, frame, plan, journal, bos=bos, openings=openings, seen=seen or Seen())
     talk.run(progress)
+
+
+def avoiding(conversations: Sequence[Conversation]) -> Seen:
+    """What not to repeat of these: the questions, or texts that have none."""
+    seen = Seen()
+    for conversation in conversations:
+        seen.add(_opening(conversation))
+    return seen
 
 
 class Talk:

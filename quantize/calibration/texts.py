@@ -13,9 +13,8 @@ from engine.llama import Context, Model
 from engine.loop import Loop
 from engine.sampling import NotANumber
 from models.gguf import read_header
-from quantize.calibration.calibrate import Plan, converse
+from quantize.calibration.calibrate import Plan, avoiding, converse
 from quantize.calibration.conversation import Conversation, Journal, windows
-from quantize.calibration.filters import Seen
 from quantize.errors import QuantizeError
 from quantize.frame import CannotConverse, Frame
 from quantize.measure import Backend
@@ -66,11 +65,8 @@ def write_conversations(
     progress: Progress | None = None,
 ) -> Written:
     """Let `generator` write into `out`; goes on with a file of the same `key`. Questions in `avoid` are not
-    asked again."""
+    asked again, nor are its texts without one written again."""
     journal = Journal.open(out, key=key)
-    seen = Seen()
-    for conversation in avoid:
-        seen.add([conversation.tokens[i] for i in conversation.positions("user")])
     with Model.open(generator, n_gpu_layers=backend.n_gpu_layers) as model:
         frame = frame_of(model)
         around = sum(map(len, (frame.before, frame.between, frame.after))) if frame else 1
@@ -86,7 +82,7 @@ def write_conversations(
                     journal,
                     bos=model.bos_id,
                     openings=openings,
-                    seen=seen,
+                    seen=avoiding(avoid),
                     progress=progress,
                 )
             except NotANumber:

@@ -34,9 +34,9 @@ class Losses:
 
     folder: Path
 
-    def add(self, tensor: str, kind: str, made: float, nearest: float) -> None:
-        """Record a matrix; a tensor of several has the sum."""
-        before = self._read(tensor, kind) or (0.0, 0.0)
+    def add(self, tensor: str, kind: str, made: float, nearest: float, *, first: bool = True) -> None:
+        """Record a matrix; a tensor of several has the sum. `first` forgets what was recorded before."""
+        before = (None if first else self._read(tensor, kind)) or (0.0, 0.0)
         write_text(self._path(tensor, kind), json.dumps([before[0] + made, before[1] + nearest]))
 
     def gain(self, types: Mapping[str, str]) -> float | None:
@@ -84,7 +84,8 @@ class Best:
         if rows.type not in FORMATS:
             return Nearest(self.candidates)(rows)
         rounded = self.rounded(rows)
-        self.losses.add(rows.tensor, rows.type, rounded.loss, rounded.baseline_loss)
+        first = rows.matrix == 0
+        self.losses.add(rows.tensor, rows.type, rounded.loss, rounded.baseline_loss, first=first)
         return rounded.data
 
     def rounded(self, rows: Rows) -> Rounded:
@@ -101,6 +102,7 @@ class Best:
             return None
         name = input_of(tensor)
         if self._last is None or self._last[0] != name:
+            self._last = None  # two large ones are never there at once
             hessian, n_tokens = self.hessians.read(tensor), self.hessians.count(tensor)
             self._last = name, prepare(hessian, n_tokens=n_tokens)
         return self._last[1]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,8 @@ Progress = Callable[[str, int, int | None], None]
 class Request:
     """What the mixes of one run are made for and where: `folder` for what lies there meanwhile.
 
-    `finish`: what is yet to be done to a file once its weights are rounded.
+    `finish`: what is yet to be done to a file once its weights are rounded. `most_bytes`: a file of the
+    largest type has about so many, however generous its budget.
     """
 
     source: Path
@@ -67,6 +69,7 @@ class Request:
     progress: Progress
     passages: Callable[[], Sequence[Passage]]
     times: Path
+    most_bytes: int
     finish: Callable[[Path], None] | None = None
     lattices: Callable[[], Mapping[str, OnLattice]] = dict
 
@@ -154,6 +157,20 @@ class Mixes:
         matrix = ImportanceMatrix.read(self.request.matrix)
         return ImportanceNote(self.request.matrix.name, len(matrix.entries), None, matrix.n_chunks)
 
+    def check(self, budgets: Sequence[Budget]) -> Step:
+        """What refuses budgets that no file fits, before anything takes long."""
+        asked = [dataclasses.asdict(budget) for budget in budgets]
+        parameters = {"version": VERSION, "budgets": asked}
+        return Step("budgets", lambda: self._check(budgets), parameters, (self.ready[0],))
+
+    def _check(self, budgets: Sequence[Budget]) -> Facts:
+        # as many bytes as the true one, whose numbers are not known yet
+        note = ImportanceNote(self.request.matrix.name, 1, None, 1)
+        for budget in budgets:
+            asked = fit(self.request.source) if budget == FIT else budget
+            room(asked, self._source, self._source.choices(TYPES), note)
+        return {}
+
     @cached_property
     def gains(self) -> Step:
         """What rounding better than to nearest leaves of each type's cost."""
@@ -180,7 +197,9 @@ class Mixes:
 
     def plan(self, budget: Budget) -> Step:
         """Which type each tensor gets."""
-        asked = {"budget": dataclasses.asdict(budget), "objective": self.request.objective}
+        asked: dict[str, Any] = {"budget": dataclasses.asdict(budget), "objective": self.request.objective}
+        if self.request.objective != "size":
+            asked["timed_with"] = dataclasses.asdict(self.request.backend)
         needs = (self.sensitivities, self.gains, self.hessians, self.ready[0])
         parameters = {"version": VERSION, **asked}
         return Step(
@@ -201,7 +220,7 @@ class Mixes:
         allocation = allocate(tensors, left, interactions=_interactions(found, tensors), weight=weight)
         mixes = [allocation.best, *allocation.runners_up]
         measured = self._try(mixes)
-        best = min(range(len(mixes)), key=lambda index: measured[index])
+        best = chosen(mixes, measured, weight)
         write_text(self._plan_file(budget), json.dumps(mixes[best].types, indent=1))
         return {
             "chosen": best,
@@ -275,16 +294,16 @@ class Mixes:
         """The same, but for tensors that are packed as they are."""
         return Exact(encode, self._lattices)
 
-    @property
-    def scratch(self) -> tuple[Path, ...]:
+    @staticmethod
+    def scratch(folder: Path) -> tuple[Path, ...]:
         """Large folders that no finished run needs again."""
-        return tuple(self.request.folder / name for name in ("hessians", "parts", "tries", "gains"))
+        return tuple(folder / name for name in ("sensitivities", "hessians", "parts", "tries", "gains"))
 
     def file(self, budget: Budget, out: Path) -> Step:
         """The file itself, every tensor rounded as well as can be."""
         plan = self.plan(budget)
         parameters = {"version": VERSION, "rounding": "best"}
-        size = int(0.9 * (budget.file_bytes or 0))  # less only where no type is small enough to fill it
+        size = int(0.9 * min(budget.file_bytes or 0, self.request.most_bytes))
         needs = (plan, self.hessians, self.ready[0])
         return Step(
             f"quantize-{budget.label}", lambda: self._make(budget, out), parameters, needs, (out,), size
@@ -321,6 +340,11 @@ class Mixes:
             chosen=plan["chosen"],
             rounding_loss=file["rounding_loss"],
         )
+
+
+def chosen(mixes: Sequence[Mix], measured: Sequence[float], weight: float) -> int:
+    """The place of the mix that is best by measured divergence, in nats, and time, at `weight` nats a ms."""
+    return min(range(len(mixes)), key=lambda index: measured[index] + weight * mixes[index].milliseconds)
 
 
 def _interactions(found: Sensitivities, tensors: Sequence[Tensor]) -> Interactions:

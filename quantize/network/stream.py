@@ -87,11 +87,14 @@ class LayerInputs:
     _held: dict[int, Tensor] = field(default_factory=dict)
 
     def write(self, index: int, hidden: Tensor) -> None:
-        """Keep one entry."""
+        """Keep one entry. What is stored rounded is rounded in `hidden` too: a pass that stopped and one that
+        did not go on from the same."""
         if self.folder is None:
             self._held[index] = hidden.clone()
             return
-        bits = hidden.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy()
+        rounded = hidden.to(torch.bfloat16)
+        hidden.copy_(rounded)
+        bits = rounded.cpu().contiguous().view(torch.int16).numpy()
         with whole(self._path(index)) as partial, partial.open("wb") as file:
             bits.tofile(file)
 

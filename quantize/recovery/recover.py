@@ -50,8 +50,9 @@ def recover(
 ) -> Recovered:
     """Train `quantized` towards `source` on (windows, tokens) ids and write it to `out`, whole or not at all.
 
-    `out` has the bytes of `quantized` where no check was better than the start. `folder` holds the state that
-    a stopped run goes on from; what the source predicts stays there for the next file of the same texts.
+    `out` has the bytes of `quantized` where no check was better than the start. `folder` keeps the state that
+    a stopped run goes on from, also when what the caller does with `out` is what was stopped, and what the
+    source predicts, for the next file of the same texts.
     `device`: a GPU where there is one. Raises QuantizeError.
     """
     settings = settings or Settings()
@@ -70,7 +71,6 @@ def recover(
     training = Training(student, teacher, windows, settings, state_file, key, progress)
     state = training.run()
     student.write(out)
-    state_file.unlink(missing_ok=True)
     kinds = [(knob.kind, knob.offset.numel()) for knob in student.knobs.values()]
     return Recovered(
         before=state.start_kl,

@@ -72,7 +72,11 @@ def measure_sensitivities(
     inputs = inputs_for(network, windows, folder, key)
     forward(network, windows, inputs=inputs, hessians=hessians, progress=progress)
     going = Backward(network, windows, errors, hessians=hessians, inputs=inputs, sampling=sampling, key=key)
-    going.tally = Tally.load(folder, key, network.device) or going.tally
+    stopped = Tally.load(folder, key, network.device)
+    if stopped is None:
+        Tally.remove(folder)  # of another pass, whose errors must not be taken for this one's
+    else:
+        going.tally = stopped
     n_layer, saved = network.shape.n_layer, time.monotonic()
     while going.tally.next_layer >= -1:
         going.step()

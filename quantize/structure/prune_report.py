@@ -88,6 +88,8 @@ def summary(report: PruneReport) -> str:
 
 def _comparison(report: PruneReport) -> str:
     """Why no more layers went."""
+    if not report.rounds or report.rounds[-1].taken is not None:
+        return "Half of the layers is the most that `auto` leaves out."
     last = report.rounds[-1]
     if report.price is None:
         return "Smaller types cost nothing measurable here, so no layer is worth leaving out."
@@ -95,16 +97,13 @@ def _comparison(report: PruneReport) -> str:
     before = report.rounds[-2].best.kl.mean if len(report.rounds) > 1 else 0.0
     added = last.best.kl.mean - before
     rate = added / report.bytes_a_layer
-    verdict = (
-        "half of the layers is the most that `auto` leaves out" if last.taken is not None else "so it stays"
-    )
     saved = price.larger.size_bytes - price.smaller.size_bytes
     return (
         f"Layer {last.best.layer} would be the next: {number(added)} nats for "
         f"{report.bytes_a_layer / 1e6:.2f} MB of a file of {price.target_bytes / 1e6:.1f} MB, "
         f"{number(1e6 * rate)} nats a MB. Smaller types ask for {number(1e6 * price.nats_per_byte)} nats a "
         f"MB there ({price.larger.type} -> {price.smaller.type}: "
-        f"{number(price.smaller.kl - price.larger.kl)} nats for {saved / 1e6:.1f} MB), {verdict}."
+        f"{number(price.smaller.kl - price.larger.kl)} nats for {saved / 1e6:.1f} MB), so it stays."
     )
 
 

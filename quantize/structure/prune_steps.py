@@ -55,6 +55,7 @@ class Request:
     passages: Callable[[], Sequence[Passage]]
     texts: Path
     progress: Progress
+    allow_requantize: bool = False
 
 
 class Layers:
@@ -178,7 +179,8 @@ class _Trials:
 
             def write(out: Path, kind: str = kind) -> None:
                 threads = self.request.backend.n_threads or default_threads()
-                quantize(Order(self.request.source, out, kind, n_threads=threads))
+                allowed = self.request.allow_requantize
+                quantize(Order(self.request.source, out, kind, n_threads=threads, allow_requantize=allowed))
 
             kl, size = self._measured(kind, f"all layers as {kind}", write)
             found.append(Rung(kind, size, kl.mean))

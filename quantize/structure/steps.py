@@ -72,6 +72,7 @@ class Structure:
             passages=lambda: work.passages(calibration, role),
             texts=work.text_file(calibration.name),
             progress=work.progress,
+            allow_requantize=self.settings.allow_requantize,
         )
         return Layers(request, (work.source, work.generator, calibration))
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from models.atomic import whole
 from models.gguf import Header, TensorInfo, read_header
+from models.lora_gguf import TRANSFORMS
 from models.tensor_types import TensorType
 from quantize.calibration.imatrix import Entry as Squares
 from quantize.calibration.imatrix import ImportanceMatrix
@@ -206,6 +207,8 @@ class Folded:
         values: dict[str, int | float | str] = {}
         for fold in self.folds:
             values |= fold.values
+        if changes := [fold.name for fold in self.folds if fold.columns or fold.rows]:
+            values[TRANSFORMS] = ",".join(changes)
         alignment = self.source.alignment
         layout = lay_out(self.source.metadata.updated(values), entries, alignment)
         with disk_errors(out), whole(out) as partial, partial.open("wb") as file:

@@ -25,7 +25,7 @@ from quantize.mixes.candidates import Candidates
 from quantize.mixes.encoding import Best, Losses, Nearest
 from quantize.network.network import lookups
 from quantize.transforms.biases import correct, may_have_bias
-from quantize.transforms.exact import check_exact
+from quantize.transforms.exact import NotExact, check_exact
 from quantize.transforms.folded import Fold, Folded
 from quantize.transforms.scaling import Round, loss, sampled
 
@@ -113,7 +113,11 @@ class Trials:
             changed = self.ground.folder / "changed.gguf"
             model.write(changed)
             name, tokens = model.folds[-1].name, max((p.tokens for p in self.ground.passages), key=len)
-            largest = check_exact(name, self.ground.source, changed, tokens)
+            try:
+                largest = check_exact(name, self.ground.source, changed, tokens)
+            except NotExact:
+                changed.unlink()  # or the next one would lie beside it while it is written
+                raise
         self._round(model, changed, rounding, types)
         if model.corrects:
             correct(changed, self._file, model.mean)

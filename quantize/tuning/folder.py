@@ -74,7 +74,11 @@ class Folder:
         except FileNotFoundError:
             ours = (self.work, self.work / ".lock")
             found = (*self.out.iterdir(), *(self.work.iterdir() if self.work.is_dir() else ()))
-            strange = sorted(path.relative_to(self.out).as_posix() for path in found if path not in ours)
+            strange = sorted(
+                path.relative_to(self.out).as_posix()
+                for path in found
+                if path not in ours and not path.match(LEFT_BEHIND)
+            )
             if strange:
                 raise FolderTaken(self.out, f"holds other files ({', '.join(strange[:3])})") from None
             return

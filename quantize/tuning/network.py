@@ -146,13 +146,16 @@ class Tunable(Frozen):
         """
         require_peft()
         with quiet():
-            model = _pretrained(folder, compute)
+            # in its own dtype until most of it has 4 bits: an 8B model has 32 GB in float32
+            model = _pretrained(folder, compute, as_stored=four_bit and base is None)
             names = linear_names(model, shape.modules)
             _check_rank(model, names, shape.rank)
             if base is not None:
                 fill(model, folder, base)
             if four_bit:
-                replace_linears(model, linear_names(model, ()), dtype=model.dtype)
+                replace_linears(model, linear_names(model, ()), dtype=_dtype(compute))
+                for parameter in model.parameters():
+                    parameter.data = parameter.data.to(_dtype(compute))
             model.to(device)
             made = _with_factors(model, names, shape, seed, checkpointing)
         return cls(made, device=device, compute=compute, teacher=teacher)
@@ -241,12 +244,16 @@ def linear_names(model: Any, wanted: Sequence[str]) -> list[str]:
     return [name for name in names if not wanted or name.rpartition(".")[2] in wanted]
 
 
-def _pretrained(folder: Path, compute: Compute) -> Any:
+def _dtype(compute: Compute) -> torch.dtype:
+    return torch.bfloat16 if compute == "bf16" else torch.float32
+
+
+def _pretrained(folder: Path, compute: Compute, *, as_stored: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=torch.bfloat16 if compute == "bf16" else torch.float32,
+        dtype="auto" if as_stored else _dtype(compute),
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,

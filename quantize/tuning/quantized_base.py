@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from models.gguf import read_header
+from models.lora_gguf import TRANSFORMS
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.families.recipe import Recipe
@@ -38,11 +39,20 @@ def check(checkpoint: Path, file: Path) -> None:
     if header.architecture != wanted:
         raise OtherBase(file, f"its architecture is {header.architecture!r}, the checkpoint's is {wanted!r}")
     shapes = {tensor.name: tensor.shape[::-1] for tensor in header.tensors}
-    for recipe, _ in match(opened, family, config):
+    matches = match(opened, family, config)
+    for recipe, _ in matches:
         found = shapes.get(recipe.target)
         if found != recipe.shape:
             has = "lacks it" if found is None else f"has it as {list(found)}"
             raise OtherBase(file, f"the checkpoint has {recipe.target} as {list(recipe.shape)}, it {has}")
+    known = {OUTPUT, *(recipe.target for recipe, _ in matches)}
+    if more := sorted(name for name in set(shapes) - known if not name.startswith("rope_")):
+        raise OtherBase(file, f"it has {more[0]}, which the checkpoint lacks")
+    if TRANSFORMS in header.metadata:
+        changes = header.metadata[TRANSFORMS]
+        raise OtherBase(
+            file, f"its weights were changed before rounding ({changes}), so adapters do not fit both"
+        )
 
 
 def fill(model: Any, checkpoint: Path, file: Path) -> None:
@@ -50,7 +60,8 @@ def fill(model: Any, checkpoint: Path, file: Path) -> None:
     opened = Checkpoint.open(checkpoint)
     family, config = recognise(opened.config)
     matches = match(opened, family, config)
-    weights, parameters = WeightFile.open(file), dict(model.named_parameters())
+    weights = WeightFile.open(file)
+    parameters = {family.canonical(name): each for name, each in model.named_parameters()}
     with torch.no_grad():
         for recipe, _ in matches:
             target = parameters[recipe.source]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from engine import memory
 from engine.memory import HUGE_PAGES, TUNABLES, environment, uses_mmap
 from engine.request import EngineConfig, InvalidRequest
 
@@ -31,6 +32,14 @@ def test_weights_on_their_way_to_a_gpu_stay_in_the_files_pages(config):
 def test_the_operator_has_the_last_word(config, wanted):
     chosen = EngineConfig(config.model_path, use_mmap=wanted)
     assert uses_mmap(chosen, on_gpu=wanted, available_bytes=1000) is wanted
+
+
+@pytest.mark.parametrize(("stat", "free"), [("anon 600\nfile 300\ninactive_file 250\n", 350), ("", 100)])
+def test_what_a_container_has_read_from_files_is_free_again(tmp_path, monkeypatch, stat, free):
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    for name, text in (("memory.max", "1000\n"), ("memory.current", "900\n"), ("memory.stat", stat)):
+        (tmp_path / name).write_text(text)
+    assert memory.available_memory() == free
 
 
 def test_a_wrong_word_is_refused(config):

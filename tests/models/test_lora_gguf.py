@@ -1,6 +1,7 @@
 """A converted adapter, applied by llama.cpp at load, gives PEFT's own logits."""
 
 import ctypes
+import dataclasses
 import json
 
 import gguf
@@ -13,7 +14,7 @@ llama_cpp = pytest.importorskip("llama_cpp")
 
 from models.gguf import read_header  # noqa: E402
 from models.lora import AdapterMismatch  # noqa: E402
-from models.lora_gguf import NotConvertible, convert_adapter  # noqa: E402
+from models.lora_gguf import TRANSFORMS, NotConvertible, convert_adapter  # noqa: E402
 
 # PEFT and transformers warn about each other; nothing of ours.
 pytestmark = [
@@ -193,6 +194,14 @@ def test_what_llama_cpp_cannot_apply_is_sent_to_quantize(tmp_path, base):
     with pytest.raises(NotConvertible, match="modules_to_save"):
         convert_adapter(tmp_path / "saved", read_header(base), tmp_path / "x.gguf")
     assert not list(tmp_path.glob("x.gguf*"))
+
+
+def test_a_base_that_was_changed_before_rounding_takes_no_adapter_of_the_checkpoint(tmp_path, base):
+    save_adapter(tmp_path / "plain", r=2, target_modules=["q_proj"])
+    header = read_header(base)
+    changed = dataclasses.replace(header, metadata={**header.metadata, TRANSFORMS: "scale-norms"})
+    with pytest.raises(NotConvertible, match=r"base\.gguf were changed before rounding \(scale-norms\)"):
+        convert_adapter(tmp_path / "plain", changed, tmp_path / "x.gguf")
 
 
 def test_an_adapter_of_embeddings_needs_an_untied_head(tmp_path, smollm2_gguf):

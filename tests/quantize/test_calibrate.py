@@ -8,7 +8,14 @@ from tokenizers import Tokenizer
 
 from engine.llama import Model
 from engine.request import Delta, Done, EngineError, GenerationRequest
-from quantize.calibration.calibrate import PLAIN_TEMPERATURES, TEMPERATURES, NoUsableText, Plan, converse
+from quantize.calibration.calibrate import (
+    PLAIN_TEMPERATURES,
+    TEMPERATURES,
+    NoUsableText,
+    Plan,
+    avoiding,
+    converse,
+)
 from quantize.calibration.conversation import Conversation, Journal, Span, read, windows
 from quantize.calibration.filters import Seen, fault, repeated_share
 from quantize.calibration.texts import openings_of
@@ -140,6 +147,19 @@ def test_a_base_model_writes_plain_text_from_bos(tmp_path):
     assert writer.requests["calibration-0-0"].prompt == (1,)
     assert {c.spans[0] for c in journal.accepted} == {Span("template", 1)}
     assert all(c.tokens[0] == 1 and c.count("assistant") == 3 for c in journal.accepted)
+
+
+def test_a_base_model_does_not_repeat_a_text_that_is_to_be_avoided(tmp_path):
+    first = run(tmp_path, FakeWriter(), frame=None, bos=1).accepted
+    (tmp_path / "other").mkdir()
+
+    def say(number, _turn):
+        old = number < len(first)
+        return list(first[number].tokens[1:]) if old else [900 + number, 5, 300 + number, 7]
+
+    journal = run(tmp_path / "other", FakeWriter(say), frame=None, bos=1, seen=avoiding(first))
+    assert not {c.tokens for c in journal.accepted} & {c.tokens for c in first}
+    assert sum(journal.reasons().values()) == len(first)
 
 
 def test_every_other_piece_is_plain_text_where_there_is_something_to_begin_it_with(tmp_path):

@@ -8,13 +8,16 @@ from pathlib import Path
 import gguf
 import pytest
 
+from models.store import Store
 from quantize.errors import QuantizeError
 from quantize.gguf_files import mixed_file
 from quantize.measure import Backend
+from quantize.mixes import steps
+from quantize.mixes.allocate import Mix
 from quantize.mixes.budget import Budget, InvalidBudget, parse_bits_per_weight, parse_sizes
 from quantize.pipeline import run
 from quantize.settings import NeedsCalibration
-from quantize.source import digest
+from quantize.source import UnusableSource, digest, find
 
 SMALL, LARGE = "3.4MB", "4.4MB"
 
@@ -79,10 +82,27 @@ def test_another_budget_takes_over_sensitivities(copy, wanted, made):
     assert 4.8 <= bits <= 5
 
 
-def test_budget_that_no_mix_keeps_is_refused_and_says_what_would_do(copy, wanted):
-    budgets = parse_sizes("500KB")
+def test_budget_that_no_mix_keeps_is_refused_before_anything_takes_long(wanted, tmp_path, made):
+    budgets = (*wanted.budgets, *parse_sizes("500KB"))
     with pytest.raises(InvalidBudget, match=r"500KB is too small: .* the smallest file has \d+"):
-        run(dataclasses.replace(wanted, out=copy, budgets=budgets))
+        run(dataclasses.replace(wanted, out=tmp_path, budgets=budgets))
+    assert not {"text", "calibration", "sensitivities"} & set(made)
+
+
+def test_quantized_source_has_no_budget(finished, wanted, tmp_path):
+    source = find(str(finished / f"tiny-{LARGE}.gguf"), store=Store(tmp_path))
+    settings = dataclasses.replace(wanted, source=source, out=tmp_path / "out", allow_requantize=True)
+    with pytest.raises(UnusableSource, match=r"already, and budgets and --explore .* --types alone"):
+        run(settings)
+
+
+def test_faster_runner_up_wins_by_what_its_time_is_worth():
+    """Of mixes that measure about the same the objective decides, not the noise."""
+    best = Mix({"a": "Q4_0"}, 10, 0.10, 4.0)
+    slow = Mix({"a": "Q5_0"}, 10, 0.11, 9.0)
+    measured = [0.102, 0.101]
+    assert steps.chosen([best, slow], measured, weight=0.0) == 1
+    assert steps.chosen([best, slow], measured, weight=0.001) == 0
 
 
 def test_budget_needs_a_text_to_measure_by(wanted, tmp_path):

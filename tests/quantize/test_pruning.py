@@ -261,6 +261,19 @@ def test_the_section_shows_every_trial_and_why_auto_stopped():
     assert "so it stays" in summary(report)
 
 
+@pytest.mark.parametrize("most", [0, 2])
+def test_no_layer_is_next_where_auto_had_no_more_to_take(most):
+    rounds = search(5, most, rank, cost, pays=lambda _: True, candidates=3) if most else []
+    found = price([Rung("Q5_K_M", 100_000_000, 0.01), Rung("Q4_K_M", 90_000_000, 0.06)], 95_000_000)
+    facts = {
+        "asked": "auto", "n_layer": 5, "rounds": [dataclasses.asdict(one) for one in rounds],
+        "price": dataclasses.asdict(found) if found else None, "bytes_a_layer": 2e6, "share_a_layer": 0.02,
+    }  # fmt: skip
+    told = summary(report_of(json.loads(json.dumps(facts))))
+    assert "Half of the layers is the most" in told
+    assert "would be the next" not in told
+
+
 def test_layers_have_their_numbers_counted(tmp_path):
     header = read_header(write(tmp_path / "model.gguf", "llama"))
     assert layer_elements(header, [0, 1, 2]) == 3 * layer_elements(header, [1])

@@ -217,6 +217,26 @@ def test_other_texts_or_candidates_do_not_continue_a_killed_pass(tmp_path):
     np.testing.assert_array_equal(made.projections, measured(network, tmp_path / "other").projections)
 
 
+def test_errors_that_another_killed_pass_left_are_not_taken_over(tmp_path):
+    network = opened(tmp_path, "qwen2")
+    expected = measured(network, tmp_path / "other")
+
+    def progress(what: str, done: int, _total: int) -> None:
+        if what == "measuring sensitivities" and done == 3:
+            raise Stopped
+
+    def twice(name, weights):
+        return [(kind, 2 * error) for kind, error in rounded(name, weights)]
+
+    with pytest.raises(Stopped):
+        measured(network, tmp_path, twice, key="twice", progress=progress, save_every_s=0)
+    assert (tmp_path / "s" / "touched.npy").exists(), "the table of this model is its head"
+    with pytest.raises(Stopped):
+        measured(network, tmp_path, progress=progress, save_every_s=0)
+    made = measured(network, tmp_path, save_every_s=0)
+    np.testing.assert_array_equal(made.projections, expected.projections)
+
+
 def test_layer_inputs_on_disk_give_what_those_in_memory_give(tmp_path, monkeypatch):
     network = opened(tmp_path, "qwen2", torch.float32)
     held = measured(network, tmp_path)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from models.gguf import read_header
+from models.lora_gguf import TRANSFORMS
 from quantize.calibration.imatrix import Entry, ImportanceMatrix
 from quantize.gguf_files.types import dequantize_rows, quantize_rows
 from quantize.network.hessian import Hessians
@@ -73,6 +74,8 @@ def test_function_stays_in_torch(variant, name, models, tmp_path):
     assert check_exact(name, model.source.path, path, TOKENS) < 1e-6
     same = [t for t in model.tensors if not after.touched(t)]
     assert len(same) < len(model.tensors) or after.corrects  # something did change
+    # what adapters that were trained on the checkpoint must not be applied to
+    assert read_header(path).metadata.get(TRANSFORMS) == (None if name == "biases" else name)
     for tensor in same:
         np.testing.assert_array_equal(after.array(tensor), model.array(tensor))
 

@@ -17,7 +17,10 @@ from quantize.divergence import log_softmax, score
 from quantize.errors import QuantizeError
 from quantize.gguf_files.mixed_file import MixedSource, Rows, write_mixed
 from quantize.gguf_files.parts import Parts
+from quantize.network.hessian import Hessians
 from quantize.source import find
+from quantize.transforms.folded import Fold, Folded
+from quantize.transforms.maps import Scale
 from quantize.tuning import run as tuning
 from quantize.tuning.encoding import CannotEncode
 from quantize.tuning.folder import FolderTaken
@@ -118,6 +121,37 @@ def test_a_full_precision_gguf_gives_the_checkpoints_own_weights_back(config, ma
     fill(model, tiny.path, tmp_path / "full.gguf")
     for name, parameter in tiny.model.named_parameters():
         torch.testing.assert_close(dict(model.named_parameters())[name], parameter, atol=1e-6, rtol=0)
+
+
+def test_the_language_part_of_an_image_and_text_model_is_filled(make_tiny, tmp_path):
+    """Its parameters have other names than the file's recipes go by."""
+    tiny = make_tiny("Gemma3TextConfig", "llama2", **FAMILIES["Gemma3TextConfig"])
+    convert(tiny.path, tmp_path / "full.gguf", dtype="F32")
+
+    class Wrapped:
+        def named_parameters(self):
+            for name, parameter in tiny.model.named_parameters():
+                yield name.replace("model.", "model.language_model.", 1), parameter
+            yield "model.vision_tower.weight", torch.nn.Parameter(torch.zeros(1))
+
+    expected = {name: parameter.clone() for name, parameter in tiny.model.named_parameters()}
+    with torch.no_grad():
+        for parameter in tiny.model.parameters():
+            parameter.zero_()
+    fill(Wrapped(), tiny.path, tmp_path / "full.gguf")
+    for name, parameter in tiny.model.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], atol=1e-6, rtol=0)
+
+
+def test_a_base_that_was_changed_before_rounding_is_refused(full, tiny_llama, tmp_path):
+    source, out = Folded.open(full, Hessians(tmp_path, "none")), tmp_path / "changed.gguf"
+    n = source.shape("blk.0.attn_v.weight")[0]
+    source.then(Fold("biases", added={"blk.0.attn_v.bias": n}, corrects=True)).write(out)
+    with pytest.raises(OtherBase, match=r"has blk\.0\.attn_v\.bias, which the checkpoint lacks"):
+        check(tiny_llama.path, out)
+    source.then(Fold("doubled", rows={"blk.0.attn_v.weight": Scale(np.full(n, 2.0))})).write(out)
+    with pytest.raises(OtherBase, match=r"changed before rounding \(doubled\)"):
+        check(tiny_llama.path, out)
 
 
 def logits(path: Path, texts: list[list[int]], adapter: Path | None = None) -> list[np.ndarray]:
