@@ -255,7 +255,19 @@ def test_stopped_anywhere_it_goes_on_and_ends_the_same(recovered, pair: Pair, tm
     assert out.read_bytes() == recovered[1].read_bytes()
     taken = [done for what, done in asked if what == "recovering"]
     assert len(taken) < 2 * 36  # it did not begin anew each time
-    assert not list(work.glob("training*"))
+
+
+def test_what_was_stopped_once_the_file_was_there_is_not_trained_again(recovered, pair: Pair, tmp_path):
+    asked = []
+    for _ in range(2):
+        asked.clear()
+        facts = recover(
+            *pair, WINDOWS, tmp_path / "out.gguf", settings=QUICK, folder=tmp_path,
+            progress=lambda what, *_: asked.append(what),
+        )  # fmt: skip
+    assert "recovering" not in asked
+    assert facts == recovered[0]
+    assert (tmp_path / "out.gguf").read_bytes() == recovered[1].read_bytes()
 
 
 def test_state_of_other_settings_is_not_gone_on_from(recovered, pair: Pair, tmp_path):
