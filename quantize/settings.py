@@ -166,13 +166,14 @@ class Settings:
             raise UnusableSource(
                 given, "--lora is merged into a checkpoint, and this is a GGUF; give its folder"
             )
+        header = read_header(self.source.path)
         if self.recover or self.budgets:
-            read_shape(read_header(self.source.path))
+            read_shape(header)
         if self.pre is not None:
             raise UnusableSource(
                 given, "--pre is for converting a checkpoint, and this is a GGUF; leave it out"
             )
-        whole = is_full_precision(read_header(self.source.path))
+        whole = is_full_precision(header)
         if (self.budgets or self.explore is not None) and not whole:
             raise UnusableSource(
                 given,

@@ -27,7 +27,6 @@ TEXTS = {"chats": "held-out chats", "text": "public text"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is asked for, print the tables, and write them."""
     args = parsed(arguments)
-    args.out.mkdir(parents=True, exist_ok=True)
     yard = Yard.open(args.run, args.out, Backend(args.threads), say)
     matrices = {"self": args.run / "imatrix.gguf", **dict(args.matrix)}
     stock = [

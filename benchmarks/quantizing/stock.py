@@ -5,7 +5,6 @@ measured.
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from quantize.gguf_files.child import quantize
 from quantize.gguf_files.types import Order
 from quantize.measure import Backend, Passage, measure, passages, write_reference
 from quantize.mixes.steps import VERSION
+from quantize.network.stream import digest_of
 from quantize.report import divergence_of
 from quantize.source import digest
 from quantize.speed import measure_speed
@@ -53,7 +53,7 @@ class Yard:
         used = [run / "imatrix.gguf", *(run / "work" / name for name in ("source.gguf", "calibration.jsonl"))]
         used += [run / "work" / f"{text}.jsonl" for text in TEXTS]
         told = [VERSION, backend.n_threads, *(digest(path) if path.exists() else None for path in used)]
-        folder = out / hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+        folder = out / digest_of(*told)[:12]
         folder.mkdir(parents=True, exist_ok=True)
         return cls(run, folder, backend, say)
 

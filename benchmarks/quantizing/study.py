@@ -36,7 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if not (args.run / "work" / "sensitivities.npz").is_file():
         parser.error(f"{args.run} holds no sensitivities; RUN is a run with --size and --keep-source")
-    args.out.mkdir(parents=True, exist_ok=True)
     text = studies[args.study](Bench(Yard.open(args.run, args.out, Backend(args.threads), say)))
     (args.out / f"{args.study}.md").write_text(text, "utf-8")
     print(text)

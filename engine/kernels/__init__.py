@@ -1,9 +1,8 @@
 """Kernels of our own in llama.cpp's CPU backend: attention, and quantized weights times several rows.
 
 Their sources say what they do and why (attention.cpp; matmul.cpp, matmul_32.cpp, matmul_32_vnni.cpp,
-matmul_256.cpp); what they
-gain is in docs/log.md. They are compiled when lq is installed (hatch_build.py). Whatever they do not take,
-llama.cpp's own kernels compute.
+matmul_256.cpp); what they gain is in docs/log.md. They are compiled when lq is installed (hatch_build.py).
+Whatever they do not take, llama.cpp's own kernels compute.
 """
 
 import ctypes

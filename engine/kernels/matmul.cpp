@@ -1,7 +1,7 @@
 // Weights times several rows of activations, on CPUs with AVX2: which operations our kernels take, and how threads
 // share the work. The arithmetic is in matmul_32.cpp (Q4_0, IQ4_NL, Q4_1), for CPUs with AVX-512 and VNNI in
-// matmul_32_vnni.cpp, and in matmul_256.cpp (Q4_K, Q5_K, Q6_K). One row stays llama.cpp's: it waits for memory, not for instructions. More rows give each row
-// the bits that llama.cpp's kernel for one row gives it.
+// matmul_32_vnni.cpp, and in matmul_256.cpp (Q4_K, Q5_K, Q6_K). One row stays llama.cpp's: it waits for memory, not
+// for instructions. More rows give each row the bits that llama.cpp's kernel for one row gives it.
 
 #include "matmul.h"
 #include "plugin.h"

@@ -34,7 +34,7 @@ def q6_k(scale: np.ndarray, minimum: np.ndarray, scales: np.ndarray, quants: np.
 
 # ggml_type, encoder, bytes of scales and of quants, repacked, columns
 TYPES = {
-    "Q4_K": (12, with_minima, 12, 128, True, 48),
+    "Q4_K": (12, with_minima, 12, 128, True, 40),
     "Q5_K": (13, with_minima, 12, 160, False, 13),
     "Q6_K": (14, q6_k, 16, 192, False, 13),
 }
