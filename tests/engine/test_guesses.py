@@ -145,6 +145,7 @@ def test_a_draft_model_guesses_no_further_than_the_context(make, drafter, monkey
 
 
 def test_a_draft_model_that_fails_costs_its_guesses_and_nothing_else(make, drafter, monkeypatch):
+    monkeypatch.setattr(Lookup, "guess", lambda *_: [])  # or the text's own words would guess meanwhile
     decode, calls = drafter.context.decode, []
 
     def fails_at_times():
@@ -160,9 +161,7 @@ def test_a_draft_model_that_fails_costs_its_guesses_and_nothing_else(make, draft
     assert len(calls) > 9
     stats = quick.stats()
     assert stats.failed_total == 0
-    # Alone and beside others a token's logits differ in the last bits on some CPUs, so that a near tie
-    # may cost one round of guesses; reading on where it left off, four in five are wrong.
-    assert stats.right_guesses_total > 0.6 * stats.guessed_tokens_total > 0, "it reads what it forgot"
+    assert stats.right_guesses_total > 0.9 * stats.guessed_tokens_total > 0, "it reads what it forgot"
 
 
 @pytest.mark.parametrize("n_vocab", [99, 100])
