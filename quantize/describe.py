@@ -12,13 +12,14 @@ from models.gguf import read_header
 from models.lora import Adapter
 from quantize.convert import prepare
 from quantize.frame import why_mute
+from quantize.network.hessian import stored_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
     """`notes` are for the report. `mute` says why the model cannot write texts, None when it seems to.
 
-    `n_matrix` and `n_vector` count the numbers in tensors of two dimensions or more, and of one;
+    `hessian_bytes` is what second moments of all inputs take on disk. `n_matrix` and `n_vector` count the numbers in tensors of two dimensions or more, and of one;
     `source_bytes` is the size of the GGUF's tensors, converted or as given.
     """
 
@@ -28,6 +29,7 @@ class Description:
     n_vector: int
     n_vocab: int
     source_bytes: int
+    hessian_bytes: int = 0
 
 
 def describe_checkpoint(path: Path, *, pre: str | None = None, adapter: Path | None = None) -> Description:
@@ -43,6 +45,7 @@ def describe_checkpoint(path: Path, *, pre: str | None = None, adapter: Path | N
         n_vector=sum(math.prod(shape) for shape in shapes if len(shape) == 1),
         n_vocab=len(vocabulary.pieces),
         source_bytes=sum(output.size_bytes for output in ready.outputs),
+        hessian_bytes=stored_bytes((o.name, o.shape[1]) for o in ready.outputs if len(o.shape) == 2),
     )
 
 
@@ -57,6 +60,7 @@ def describe_gguf(path: Path) -> Description:
         n_vector=sum(tensor.n_elements for tensor in header.tensors if len(tensor.shape) == 1),
         n_vocab=len(header.metadata.get("tokenizer.ggml.tokens", ())),
         source_bytes=header.tensor_bytes,
+        hessian_bytes=stored_bytes((t.name, t.shape[0]) for t in header.tensors if len(t.shape) == 2),
     )
 
 

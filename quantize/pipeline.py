@@ -93,10 +93,12 @@ class _Run:
         text = self._text(work.text, "text")
         calibration = self._text(work.calibration, None)
         evaluation = self._held_out()
+        work.generator_file.unlink(missing_ok=True)  # all that it writes is written
         source = replace(source, answers=self._answers(None))
         importance = self.ensure(work.importance) if work.importance else None
         explored = self.ensure(work.transforms.explored) if work.transforms else None
         made = {kind: self.ensure(work.made(kind)) for kind in settings.labels}
+        _clear_mixes(work)  # before the source's predictions, which are as large
         files = tuple(self._file(kind, facts) for kind, facts in made.items())
         structure = work.structure.report(
             self.ensure, self._recorded, self.evaluation, files, recommended(files).type
@@ -269,10 +271,15 @@ def _clear(work: Work) -> None:
         large.append(work.source_file)
     for path in large:
         path.unlink(missing_ok=True)
-    for folder in Mixes.scratch(work.folder):  # also of a run for budgets that was stopped before this one
-        shutil.rmtree(folder, ignore_errors=True)
+    _clear_mixes(work)
     if work.transforms is not None:
         work.transforms.clear()
+
+
+def _clear_mixes(work: Work) -> None:
+    """What files within budgets were made from, also of a run that was stopped before this one."""
+    for folder in Mixes.scratch(work.folder):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -278,6 +278,7 @@ class Work:
             passages=lambda: self.passages(calibration, role),
             times=self.settings.times or self.folder / "kernel-times.json",
             most_bytes=least_bytes("Q8_0", self.description),
+            hessian_bytes=0 if self.structure.layers else self.description.hessian_bytes,
             finish=None if changes is None else changes.finish,
             lattices=self.structure.known_lattices if changes is None else dict,
         )

@@ -29,7 +29,7 @@ from quantize.mixes.candidates import TYPES, Candidates
 from quantize.mixes.encoding import Best, Losses, Nearest, one_thread
 from quantize.mixes.gains import Sampler, factor, rounding_gains
 from quantize.mixes.kernel_times import KernelTimes, Shape, kernel_times
-from quantize.network.hessian import Hessians, input_of
+from quantize.network.hessian import STORED, Hessians, input_of
 from quantize.network.network import Network, lookups
 from quantize.network.stream import cut, forward
 from quantize.report import MixReport, Tried
@@ -46,9 +46,9 @@ SAMPLING = Sampling(n_draws=2)
 CHOOSING_TOKENS = 2048
 #: Of free memory what rounding may take, and what of it a weight of the largest matrix and a number of the
 #: widest Hessian do: the matrix, what it is rounded to and its bytes; the factors.
-MEMORY_SHARE, BYTES_A_WEIGHT, BYTES_A_MOMENT = 0.6, 12, 24
+MEMORY_SHARE, BYTES_A_WEIGHT, BYTES_A_MOMENT = 0.6, 12, 48
 #: Change when the same inputs come to other sensitivities, and to other bytes.
-MEASURING, VERSION = 1, 2
+MEASURING, VERSION = 1, 3
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -58,7 +58,7 @@ class Request:
     """What the mixes of one run are made for and where: `folder` for what lies there meanwhile.
 
     `finish`: what is yet to be done to a file once its weights are rounded. `most_bytes`: a file of the
-    largest type has about so many, however generous its budget.
+    largest type has about so many, however generous its budget; `hessian_bytes`: the second moments.
     """
 
     source: Path
@@ -70,6 +70,7 @@ class Request:
     passages: Callable[[], Sequence[Passage]]
     times: Path
     most_bytes: int
+    hessian_bytes: int = 0
     finish: Callable[[Path], None] | None = None
     lattices: Callable[[], Mapping[str, OnLattice]] = dict
 
@@ -122,7 +123,10 @@ class Mixes:
     def hessians(self) -> Step:
         """Collected anew where a finished run's are gone: they are large, and sensitivities are kept."""
         last = self.hessian_folder / "hessian-head.safetensors"
-        return Step("hessians", self._collect, {"window": WINDOW}, self.ready, (last,))
+        parameters = {"window": WINDOW, "stored": STORED}
+        there = sum(path.stat().st_size for path in self.hessian_folder.glob("*.safetensors"))
+        size = max(0, self.request.hessian_bytes - there)
+        return Step("hessians", self._collect, parameters, self.ready, (last,), size)
 
     def _collect(self) -> Facts:
         network = Network.open(self.request.source)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from quantize.network import stream
-from quantize.network.hessian import Hessians, NoHessian, input_of
+from quantize.describe import describe_gguf
+from quantize.network.hessian import Hessians, NoHessian, input_of, packed, unpacked
 from quantize.network.network import Network
 from quantize.network.stream import TooFewTokens, cut, forward
 from tests.quantize import tiny_decoders
@@ -105,3 +106,23 @@ def test_more_text_than_wanted_is_thinned_out_evenly():
 def test_texts_shorter_than_a_window_are_refused():
     with pytest.raises(TooFewTokens, match="none of the calibration sequences has 8 tokens"):
         cut([range(7)], 8, limit=100)
+
+
+def test_matrices_are_kept_to_a_share_of_both_columns():
+    rows = np.random.default_rng(0).normal(size=(300, 64)) * np.geomspace(1e-6, 1e6, 64)
+    rows[:, 5] = 0  # nothing ever came in
+    matrix = (rows.T @ rows / 300).astype(np.float32)
+    found = unpacked(*packed(matrix))
+    root = np.sqrt(np.diagonal(matrix))
+    np.testing.assert_array_equal(np.diagonal(found), np.diagonal(matrix))
+    np.testing.assert_array_equal(found, found.T)
+    assert (np.abs(found - matrix) <= 2**-11 * np.outer(root, root)).all()
+    assert np.isfinite(found).all()
+
+
+def test_what_they_take_on_disk_is_told_before(network, tmp_path):
+    path = network.file.header.path
+    forward(network, WINDOWS, hessians=Hessians(tmp_path / "h", "key"))
+    taken = sum(file.stat().st_size for file in (tmp_path / "h").glob("hessian-0*"))
+    headers = 2048 * network.shape.n_layer
+    assert taken - headers < describe_gguf(path).hessian_bytes <= taken
