@@ -152,6 +152,13 @@ def _mixes(report: Report) -> Iterable[str]:
                 f"; rounded with {mix.rounding_loss:.2f} of the loss of round-to-nearest with importance, "
                 "geometric mean over tensors"
             )
+        if mix.in_order is not None:
+            alone, again = mix.in_order
+            told += (
+                ". Layers were then rounded in their order, each for what those before it now put out: "
+                f"KLD {number(alone)} -> {number(again)} on calibration text that this did not see"
+                f"{'' if again < alone else ', so that was not used'}"
+            )
         yield f"### {file.type}"
         yield f"{told}. The best few were rounded and measured on calibration text:"
         rows = [

@@ -19,8 +19,9 @@ from quantize.network.hessian import stored_bytes
 class Description:
     """`notes` are for the report. `mute` says why the model cannot write texts, None when it seems to.
 
-    `hessian_bytes` is what second moments of all inputs take on disk. `n_matrix` and `n_vector` count the numbers in tensors of two dimensions or more, and of one;
-    `source_bytes` is the size of the GGUF's tensors, converted or as given.
+    `n_matrix` and `n_vector` count the numbers in tensors of two dimensions or more, and of one;
+    `source_bytes` is the size of the GGUF's tensors, converted or as given, and `hessian_bytes` what the
+    second moments of all inputs take on disk.
     """
 
     notes: tuple[str, ...]

@@ -41,36 +41,60 @@ def side_by_side(
     name: str,
     set_up: Callable[[], object] | None = None,
 ) -> Iterator[Task]:
-    """Call `work` on each task in one of `n_processes` processes; yields the tasks as they are finished.
+    """Call `work` on each task in processes that are there for these tasks alone, as `Processes` does."""
+    with Processes(work, n_processes, name, set_up) as processes:
+        yield from processes.each(tasks)
+
+
+class Processes:
+    """At most `n_processes` that call `work` on one task after another; started when they are first needed.
 
     `work`, tasks and `set_up`, which each process calls first, are sent, so they must be importable. `name`
-    says what is being done. Raises WorkFailed with a QuantizeError's words, and WorkerDied; processes are
-    gone when this ends, however it ends.
+    says what is being done. Used with `with`: the processes are gone when it ends, however it ends.
     """
-    waiting = iter(tasks)
-    crew: list[tuple[BaseProcess, Connection]] = []
-    try:
+
+    def __init__(
+        self,
+        work: Callable,
+        n_processes: int,
+        name: str,
+        set_up: Callable[[], object] | None = None,
+    ) -> None:
+        self.work, self.n_processes, self.name, self.set_up = work, n_processes, name, set_up
+        self._crew: list[tuple[BaseProcess, Connection]] = []
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process, connection in self._crew:
+            process.kill()
+            process.join()
+            connection.close()
+        self._crew.clear()
+
+    def each(self, tasks: Sequence[Task]) -> Iterator[Task]:
+        """Do all of them, each in the next process that is free; yields tasks as they are finished.
+
+        Raises WorkFailed with a QuantizeError's words, and WorkerDied; what is not finished then never is.
+        """
+        waiting = iter(tasks)
+        while len(self._crew) < min(self.n_processes, len(tasks)):
+            self._crew.append(_start(self.work, self.set_up))
         busy: dict[Connection, tuple[BaseProcess, Task]] = {}
-        for _, task in zip(range(n_processes), waiting, strict=False):
-            process, connection = _start(work, set_up)
-            crew.append((process, connection))
+        for (process, connection), task in zip(self._crew, waiting, strict=False):
             connection.send(task)
             busy[connection] = process, task
         while busy:
             for ready in wait(list(busy)):
                 assert isinstance(ready, Connection)
                 process, task = busy.pop(ready)
-                _heed(process, ready, name)
+                _heed(process, ready, self.name)
                 for following in waiting:
                     ready.send(following)
                     busy[ready] = process, following
                     break
                 yield task
-    finally:
-        for process, connection in crew:
-            process.kill()
-            process.join()
-            connection.close()
 
 
 def _start(work: Callable, set_up: Callable[[], object] | None) -> tuple[BaseProcess, Connection]:

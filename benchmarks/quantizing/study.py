@@ -46,7 +46,7 @@ def ablation(bench: Bench) -> str:
     """A table: recipe, rounding alone, allocation alone, both."""
     lines = ["| types | rounding | MB | mean KLD, chats | mean KLD, text |", "|---|---|---:|---:|---:|"]
     for path in sorted((bench.yard.run / "work").glob("mix-*.json")):
-        label, types = path.stem.removeprefix("mix-"), json.loads(path.read_text("utf-8"))
+        label, types = path.stem.removeprefix("mix-"), json.loads(path.read_text("utf-8"))["types"]
         recipe = _nearest_recipe(bench, bench.source.layout(types).size_bytes)
         stock = bench.stock_types(recipe)
         for name, chosen in ((f"llama.cpp's {recipe}", stock), (f"ours, {label}", types)):

@@ -7,6 +7,7 @@ measuring of finished files are `quantize.work`'s.
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,15 @@ from engine.memory import available_memory
 from models.gguf import read_header
 from quantize.calibration.conversation import read
 from quantize.calibration.imatrix import ImportanceMatrix
-from quantize.gguf_files.mixed_file import Crew, Encode, ImportanceNote, MixedSource, Parts, write_mixed
+from quantize.gguf_files.mixed_file import (
+    Crew,
+    Encode,
+    ImportanceNote,
+    MixedSource,
+    Parts,
+    matrices,
+    write_mixed,
+)
 from quantize.gguf_files.typemap import read_types
 from quantize.measure import Backend, Passage, measure, some, write_reference
 from quantize.mixes.allocate import Choice, Interactions, Mix, Objective, Tensor, allocate, speed_weight
@@ -28,10 +37,12 @@ from quantize.mixes.budget import FIT, Budget, fit, room
 from quantize.mixes.candidates import TYPES, Candidates
 from quantize.mixes.encoding import Best, Losses, Nearest, one_thread
 from quantize.mixes.gains import Sampler, factor, rounding_gains
+from quantize.mixes.in_order import VERSION as IN_ORDER
+from quantize.mixes.in_order import InOrder
 from quantize.mixes.kernel_times import KernelTimes, Shape, kernel_times
 from quantize.network.hessian import STORED, Hessians, input_of
-from quantize.network.network import Network, lookups
-from quantize.network.stream import cut, forward
+from quantize.network.network import EMBEDDING, Network, lookups
+from quantize.network.stream import TooFewTokens, cut, digest_of, forward
 from quantize.report import MixReport, Tried
 from quantize.rounding.exact import Exact, OnLattice, held, with_lattices
 from quantize.sensitivity.backward import Sampling, measure_sensitivities
@@ -114,10 +125,13 @@ class Mixes:
         found.save(self.sensitivity_file)
         return {"n_samples": found.n_samples, "n_scored": found.n_scored, "windows": len(windows)}
 
-    def _windows(self) -> np.ndarray:
-        """(windows, WINDOW) ids of the calibration text."""
-        conversations = read(self.request.folder / "calibration.jsonl")
-        return cut([conversation.tokens for conversation in conversations], WINDOW)
+    def _windows(self, *, besides: Sequence[Passage] = ()) -> np.ndarray:
+        """(windows, WINDOW) ids of the calibration text, or of what of it is in none of some passages."""
+        conversations, taken = (
+            read(self.request.folder / "calibration.jsonl"),
+            {tuple(p.tokens) for p in besides},
+        )
+        return cut([each.tokens for each in conversations if tuple(each.tokens) not in taken], WINDOW)
 
     @cached_property
     def hessians(self) -> Step:
@@ -225,7 +239,8 @@ class Mixes:
         mixes = [allocation.best, *allocation.runners_up]
         measured = self._try(mixes)
         best = chosen(mixes, measured, weight)
-        write_text(self._plan_file(budget), json.dumps(mixes[best].types, indent=1))
+        plan = {"types": mixes[best].types, "measured": measured[best]}
+        write_text(self._plan_file(budget), json.dumps(plan, indent=1))
         return {
             "chosen": best,
             "tensors": mixes[best].types,
@@ -266,33 +281,87 @@ class Mixes:
     def _try(self, mixes: Sequence[Mix]) -> list[float]:
         """Mean divergence of mixes on some of the calibration text. What is rounded for one is not again for
         another, nor for the file."""
-        folder = self.request.folder / "tries"
-        folder.mkdir(parents=True, exist_ok=True)
-        passages, backend = some(self.request.passages(), CHOOSING_TOKENS), self.request.backend
-        reference = folder / f"reference-{self.sensitivities.key[:16]}.f32"
-        if not reference.exists():  # of another budget of this run
-            write_reference(self.request.source, passages, reference, backend=backend)
         found = []
         for number, mix in enumerate(mixes):
-            out = folder / "try.gguf"
+            out = self._tries / "try.gguf"
             self._write(out, mix.types, f"rounding mix {number + 1} of {len(mixes)}")
             self.request.progress("trying the best mixes", number, len(mixes))
-            found.append(measure(out, passages, reference, backend=backend).kl.mean)
+            found.append(self._judge(out))
             out.unlink()
         return found
 
+    @property
+    def _judging(self) -> list[Passage]:
+        """The part of the calibration text that files are compared on."""
+        return some(self.request.passages(), CHOOSING_TOKENS)
+
+    @property
+    def _tries(self) -> Path:
+        folder = self.request.folder / "tries"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _judge(self, path: Path) -> float:
+        """Mean divergence of a file on that part."""
+        reference = self._tries / f"reference-{self.sensitivities.key[:16]}.f32"
+        if not reference.exists():  # of another file of this run
+            write_reference(self.request.source, self._judging, reference, backend=self.request.backend)
+        return measure(path, self._judging, reference, backend=self.request.backend).kl.mean
+
     def _write(self, out: Path, types: Mapping[str, str], what: str) -> Losses:
-        """A file of these types, rounded as well as can be; its tensors are kept as parts."""
-        parts = Parts(self.request.folder / "parts")
-        parts.folder.mkdir(parents=True, exist_ok=True)
-        losses = Losses(parts.folder)
+        """A file of these types, every tensor rounded on its own as well as can be, and kept as a part."""
+        losses = Losses(self._parts.folder)
         write_mixed(
-            self._source, out, types, self._exact(self._best(losses)), parts=parts,
-            made_from=lambda *_: f"best {VERSION} {self.sensitivities.key}", note=self._note,
-            whole_matrices=True, crew=self._crew(),
+            self._source, out, types, self._exact(self._best(losses)), parts=self._parts,
+            made_from=self._alone, note=self._note, whole_matrices=True, crew=self._crew(),
             progress=lambda name, done, total: self.request.progress(f"{what}: {name}", done, total),
         )  # fmt: skip
         return losses
+
+    @property
+    def _parts(self) -> Parts:
+        parts = Parts(self.request.folder / "parts")
+        parts.folder.mkdir(parents=True, exist_ok=True)
+        return parts
+
+    def _alone(self, _name: str, _kind: str) -> str:
+        """What a tensor's bytes depend on that is rounded on its own."""
+        return f"best {VERSION} {self.sensitivities.key}"
+
+    def _write_in_order(self, out: Path, types: Mapping[str, str], what: str) -> float | None:
+        """The same file with its layers rounded in their order, each for what the ones before put out; how
+        far it is from the source on text that says nothing of that. None, and no file, where there is no
+        other text."""
+        try:
+            windows = self._windows(besides=self._judging)
+        except TooFewTokens:
+            return None
+        key = digest_of(IN_ORDER, self.sensitivities.key, sorted(types.items()), windows)
+        names = {tensor.name for tensor in self._source.quantizable}
+        settled = frozenset(self._lattices) | (names & {EMBEDDING})
+
+        def made_from(name: str, kind: str) -> str:
+            return self._alone(name, kind) if name in settled else f"in order {key}"
+
+        wanted = {each.tensor.name: each for each in matrices(self._source, types, made_from)}
+        InOrder(
+            source=self.request.source,
+            wanted=wanted,
+            settled=settled,
+            parts=self._parts,
+            folder=self.request.folder / "in-order",
+            key=key,
+            n_processes=self._crew().n_processes,
+            progress=lambda name, done, total: self.request.progress(f"{what}, {name}", done, total),
+        ).run(windows)
+        write_mixed(
+            self._source, out, types, self._exact(self._best(Losses(self._parts.folder))), parts=self._parts,
+            made_from=made_from, note=self._note, whole_matrices=True,
+        )  # fmt: skip
+        for name in names - settled:
+            if wanted[name].key is not None:
+                self._parts.path(wanted[name]).unlink()
+        return self._judge(out)
 
     def _exact(self, encode: Encode) -> Encode:
         """The same, but for tensors that are packed as they are."""
@@ -301,12 +370,14 @@ class Mixes:
     @staticmethod
     def scratch(folder: Path) -> tuple[Path, ...]:
         """Large folders that no finished run needs again."""
-        return tuple(folder / name for name in ("sensitivities", "hessians", "parts", "tries", "gains"))
+        return tuple(
+            folder / name for name in ("sensitivities", "hessians", "parts", "tries", "gains", "in-order")
+        )
 
     def file(self, budget: Budget, out: Path) -> Step:
         """The file itself, every tensor rounded as well as can be."""
         plan = self.plan(budget)
-        parameters = {"version": VERSION, "rounding": "best"}
+        parameters = {"version": VERSION, "in_order": IN_ORDER}
         size = int(0.9 * min(budget.file_bytes or 0, self.request.most_bytes))
         needs = (plan, self.hessians, self.ready[0])
         return Step(
@@ -314,15 +385,22 @@ class Mixes:
         )
 
     def _make(self, budget: Budget, out: Path) -> Facts:
-        chosen = json.loads(self._plan_file(budget).read_text("utf-8"))
-        losses = self._write(out, chosen, f"rounding {out.name}")
+        plan = json.loads(self._plan_file(budget).read_text("utf-8"))
+        types, alone = plan["types"], plan["measured"]
+        losses = self._write(out, types, f"rounding {out.name}")
+        again = self._tries / "in-order.gguf"
+        in_order = self._write_in_order(again, types, f"rounding {out.name} in order")
+        if in_order is not None and in_order < alone:
+            shutil.move(again, out)
+        again.unlink(missing_ok=True)
         if self.request.finish is not None:
             self.request.finish(out)
         return {
             "sha256": digest(out),
             "types": dataclasses.asdict(read_types(out)),
             "warning": None,
-            "rounding_loss": losses.gain(chosen),
+            "rounding_loss": losses.gain(types),
+            "in_order": None if in_order is None else [alone, in_order],
             "packed": held(out, self._lattices),
         }
 
@@ -343,6 +421,7 @@ class Mixes:
             tried=tuple(Tried(**tried) for tried in plan["tried"]),
             chosen=plan["chosen"],
             rounding_loss=file["rounding_loss"],
+            in_order=None if file["in_order"] is None else tuple(file["in_order"]),
         )
 
 

@@ -144,7 +144,7 @@ class Hessians:
 
 
 def stored_bytes(widths: Iterable[tuple[str, int]]) -> int:
-    """What the Hessians of a model take on disk, by tensor and the width of its input; the head's left out."""
+    """What a model's Hessians take on disk, by tensor and the width of its input; the head's left out."""
     read = [width for name, width in widths if layer_of(name) is not None and input_of(name) == name]
     return sum(2 * (width * (width - 1) // 2) + 8 * width for width in read)
 

@@ -18,6 +18,9 @@ from quantize.network.weights import WeightFile
 EMBEDDING, OUTPUT, OUTPUT_NORM = "token_embd.weight", "output.weight", "output_norm.weight"
 #: Gets every product with a weight: its name, the input (batch, tokens, in), the output (batch, tokens, out).
 Tap = Callable[[str, Tensor, Tensor], None]
+#: Parts whose output is added to the hidden states, unless one of these norms comes before that.
+ADDED = ("attn_output", "ffn_down")
+POST_NORMS = ("post_attention_norm", "post_ffw_norm")
 
 
 def lookups(names: Container[str]) -> frozenset[str]:
@@ -138,6 +141,11 @@ class Layer:
         attended = self._norm("post_attention_norm", self._attention(self._norm("attn_norm", hidden), tap))
         hidden = hidden + attended
         return hidden + self._norm("post_ffw_norm", self._feed_forward(self._norm("ffn_norm", hidden), tap))
+
+    def adds(self, name: str) -> bool:
+        """Whether the output of this product is added to the hidden states as it is."""
+        normed = any(self._name(f"{norm}.weight") in self.weights for norm in POST_NORMS)
+        return name.split(".")[-2] in ADDED and not normed
 
     def _name(self, part: str) -> str:
         return f"blk.{self.index}.{part}"

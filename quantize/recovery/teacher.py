@@ -13,13 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from models.atomic import whole
 from quantize.network.network import Network
 from quantize.network.stream import Progress, blocks
+from quantize.network.stream_state import StreamState
 
 SAVE_S = 20.0
 
@@ -41,13 +39,14 @@ class Teacher:
     ) -> "Teacher":
         """Of a source over (windows, tokens) ids; `path` keeps, under `key`, what is computed so far."""
         n_layer, saved = network.shape.n_layer, time.monotonic()
-        done, hidden = _load(path, key) or (0, None)
-        for index, state in _run(network, windows, done, hidden):
-            done, hidden = index, state
+        state = StreamState(path, key)
+        done, found = state.load() or (0, {})
+        hidden = found.get("hidden")
+        for done, hidden in _run(network, windows, done, hidden):  # noqa: B020 (goes on from there)
             if progress is not None:
                 progress("predicting with the source", done, n_layer)
             if done == n_layer or time.monotonic() - saved > SAVE_S:
-                _save(path, key, done, hidden)
+                state.save(done, {"hidden": hidden})
                 saved = time.monotonic()
         assert hidden is not None
         hold_head(network)
@@ -68,23 +67,6 @@ def _run(
             for part in blocks(*windows.shape):
                 hidden[part] = layer(hidden[part])
             yield index + 1, hidden
-
-
-def _save(path: Path, key: str, done: int, hidden: Tensor) -> None:
-    with whole(path) as partial:
-        save_file({"hidden": hidden.contiguous().cpu()}, partial, metadata={"key": key, "done": str(done)})
-
-
-def _load(path: Path, key: str) -> tuple[int, Tensor] | None:
-    """What was saved under the same key."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("key") == key:
-                return int(metadata["done"]), file.get_tensor("hidden")
-    except (FileNotFoundError, SafetensorError):
-        pass
-    return None
 
 
 def hold_head(network: Network) -> None:

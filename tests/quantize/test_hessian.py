@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from quantize.network import stream
 from quantize.describe import describe_gguf
+from quantize.network import stream
 from quantize.network.hessian import Hessians, NoHessian, input_of, packed, unpacked
 from quantize.network.network import Network
 from quantize.network.stream import TooFewTokens, cut, forward

@@ -49,7 +49,7 @@ def test_files_are_just_below_their_budgets(finished):
 
 def test_what_the_mix_says_is_what_the_file_holds(finished):
     for label in (SMALL, LARGE):
-        mix = json.loads((finished / "work" / f"mix-{label}.json").read_text("utf-8"))
+        mix = json.loads((finished / "work" / f"mix-{label}.json").read_text("utf-8"))["types"]
         held = {t.name: t.tensor_type.name for t in gguf.GGUFReader(finished / f"tiny-{label}.gguf").tensors}
         assert mix
         assert {name: held[name] for name in mix} == mix
@@ -117,7 +117,7 @@ def test_objective_without_a_budget_is_refused(asked, tmp_path):
 
 def test_budget_larger_than_everything_is_the_largest_type(copy, wanted):
     run(dataclasses.replace(wanted, out=copy, budgets=(Budget("1GB", file_bytes=10**9),)))
-    mix = json.loads((copy / "work" / "mix-1GB.json").read_text("utf-8"))
+    mix = json.loads((copy / "work" / "mix-1GB.json").read_text("utf-8"))["types"]
     assert set(mix.values()) == {"Q8_0"}
 
 
