@@ -152,8 +152,8 @@ def _mixes(report: Report) -> Iterable[str]:
                 f"; rounded with {mix.rounding_loss:.2f} of the loss of round-to-nearest with importance, "
                 "geometric mean over tensors"
             )
-        if mix.in_order is not None:
-            alone, again = mix.in_order
+        if len(mix.compared) > 1:
+            alone, again = mix.compared
             told += (
                 ". Layers were then rounded in their order, each for what those before it now put out: "
                 f"KLD {number(alone)} -> {number(again)} on calibration text that this did not see"

@@ -72,8 +72,8 @@ class MixReport:
 
     `tensors`: the type of each. `rounding_loss`: the mean square that rounding adds to what layers give,
     against round-to-nearest with importance, geometric mean over tensors; None where ggml alone can round.
-    `in_order`: mean KLD on calibration text that was held back, of the file with every tensor rounded on its
-    own and of that with each rounded for what the ones before put out; None where no text was left to hold.
+    `compared`: mean KLD on calibration text that was held back, of the file with every tensor rounded on its
+    own and, where there was other text to do it by, of that with layers rounded in their order.
     """
 
     objective: str
@@ -81,7 +81,7 @@ class MixReport:
     tried: tuple[Tried, ...]
     chosen: int
     rounding_loss: float | None
-    in_order: tuple[float, float] | None = None
+    compared: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from quantize.gguf_files.mixed_file import ImportanceNote, MixedSource, Parts, w
 from quantize.gguf_files.types import Order
 from quantize.mixes.candidates import TYPES, Candidates
 from quantize.mixes.encoding import Best, Losses, Nearest
-from quantize.mixes.steps import WINDOW
+from quantize.mixes.workshop import WINDOW
 from quantize.network.hessian import Hessians
 from quantize.network.network import Network, lookups
 from quantize.network.stream import cut, forward

@@ -15,7 +15,7 @@ from quantize.divergence import Divergence
 from quantize.gguf_files.child import quantize
 from quantize.gguf_files.types import Order
 from quantize.measure import Backend, Passage, measure, passages, write_reference
-from quantize.mixes.steps import VERSION
+from quantize.mixes.workshop import VERSION
 from quantize.network.stream import digest_of
 from quantize.report import divergence_of
 from quantize.source import digest

@@ -6,7 +6,6 @@ measuring of finished files are `quantize.work`'s.
 
 import dataclasses
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,50 +15,36 @@ from typing import Any
 
 import numpy as np
 
-from engine.llama import default_threads
-from engine.memory import available_memory
 from models.gguf import read_header
 from quantize.calibration.conversation import read
 from quantize.calibration.imatrix import ImportanceMatrix
 from quantize.gguf_files.mixed_file import (
-    Crew,
-    Encode,
     ImportanceNote,
     MixedSource,
-    Parts,
-    matrices,
-    write_mixed,
 )
 from quantize.gguf_files.typemap import read_types
-from quantize.measure import Backend, Passage, measure, some, write_reference
+from quantize.measure import Backend, Passage
 from quantize.mixes.allocate import Choice, Interactions, Mix, Objective, Tensor, allocate, speed_weight
 from quantize.mixes.budget import FIT, Budget, fit, room
 from quantize.mixes.candidates import TYPES, Candidates
-from quantize.mixes.encoding import Best, Losses, Nearest, one_thread
+from quantize.mixes.encoding import Losses, Nearest
 from quantize.mixes.gains import Sampler, factor, rounding_gains
 from quantize.mixes.in_order import VERSION as IN_ORDER
-from quantize.mixes.in_order import InOrder
 from quantize.mixes.kernel_times import KernelTimes, Shape, kernel_times
-from quantize.network.hessian import STORED, Hessians, input_of
-from quantize.network.network import EMBEDDING, Network, lookups
-from quantize.network.stream import TooFewTokens, cut, digest_of, forward
+from quantize.mixes.workshop import SCRATCH, VERSION, WINDOW, Workshop
+from quantize.network.hessian import STORED, Hessians
+from quantize.network.network import Network
+from quantize.network.stream import cut, forward
 from quantize.report import MixReport, Tried
-from quantize.rounding.exact import Exact, OnLattice, held, with_lattices
+from quantize.rounding.exact import OnLattice, held, with_lattices
 from quantize.sensitivity.backward import Sampling, measure_sensitivities
 from quantize.sensitivity.record import Sensitivities
 from quantize.source import digest
 from quantize.steps import Facts, Step, write_text
 
-#: Tokens of a window: shorter ones tell more from as many tokens.
-WINDOW = 128
 SAMPLING = Sampling(n_draws=2)
-#: Scored tokens of the calibration text that choose among the best mixes.
-CHOOSING_TOKENS = 2048
-#: Of free memory what rounding may take, and what of it a weight of the largest matrix and a number of the
-#: widest Hessian do: the matrix, what it is rounded to and its bytes; the factors.
-MEMORY_SHARE, BYTES_A_WEIGHT, BYTES_A_MOMENT = 0.6, 12, 48
-#: Change when the same inputs come to other sensitivities, and to other bytes.
-MEASURING, VERSION = 1, 3
+#: Changes when the same inputs come to other sensitivities.
+MEASURING = 1
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -125,13 +110,13 @@ class Mixes:
         found.save(self.sensitivity_file)
         return {"n_samples": found.n_samples, "n_scored": found.n_scored, "windows": len(windows)}
 
-    def _windows(self, *, besides: Sequence[Passage] = ()) -> np.ndarray:
-        """(windows, WINDOW) ids of the calibration text, or of what of it is in none of some passages."""
-        conversations, taken = (
-            read(self.request.folder / "calibration.jsonl"),
-            {tuple(p.tokens) for p in besides},
-        )
-        return cut([each.tokens for each in conversations if tuple(each.tokens) not in taken], WINDOW)
+    @property
+    def _texts(self) -> Path:
+        return self.request.folder / "calibration.jsonl"
+
+    def _windows(self) -> np.ndarray:
+        """(windows, WINDOW) ids of the calibration text."""
+        return cut([conversation.tokens for conversation in read(self._texts)], WINDOW)
 
     @cached_property
     def hessians(self) -> Step:
@@ -201,17 +186,15 @@ class Mixes:
 
     def _sample(self) -> Facts:
         folder = self.request.folder / "gains" / self.gains.key[:16]
-        sampler = Sampler(self._source, self._source.choices(TYPES), self._best(Losses(folder)), folder)
+        encode = self._workshop.best(Losses(folder))
+        sampler = Sampler(self._source, self._source.choices(TYPES), encode, folder)
         found = rounding_gains(
             sampler,
-            n_processes=self._crew().n_processes,
+            n_processes=self._workshop.crew.n_processes,
             progress=lambda done, total: self.request.progress("rounding samples", done, total),
         )
         write_text(self._gain_file, json.dumps(found, indent=1))
         return {"gains": found}
-
-    def _best(self, losses: Losses) -> Best:
-        return Best(self._candidates, self._hessians, losses, lookups(self._source.files))
 
     def plan(self, budget: Budget) -> Step:
         """Which type each tensor gets."""
@@ -279,100 +262,29 @@ class Mixes:
         )  # fmt: skip
 
     def _try(self, mixes: Sequence[Mix]) -> list[float]:
-        """Mean divergence of mixes on some of the calibration text. What is rounded for one is not again for
-        another, nor for the file."""
-        found = []
+        """Mean divergence of mixes on some of the calibration text."""
+        found, shop = [], self._workshop
         for number, mix in enumerate(mixes):
-            out = self._tries / "try.gguf"
-            self._write(out, mix.types, f"rounding mix {number + 1} of {len(mixes)}")
+            out = shop.tries / "try.gguf"
+            shop.alone(out, mix.types, f"rounding mix {number + 1} of {len(mixes)}")
             self.request.progress("trying the best mixes", number, len(mixes))
-            found.append(self._judge(out))
+            found.append(shop.judge(out))
             out.unlink()
         return found
 
-    @property
-    def _judging(self) -> list[Passage]:
-        """The part of the calibration text that files are compared on."""
-        return some(self.request.passages(), CHOOSING_TOKENS)
-
-    @property
-    def _tries(self) -> Path:
-        folder = self.request.folder / "tries"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def _judge(self, path: Path) -> float:
-        """Mean divergence of a file on that part."""
-        reference = self._tries / f"reference-{self.sensitivities.key[:16]}.f32"
-        if not reference.exists():  # of another file of this run
-            write_reference(self.request.source, self._judging, reference, backend=self.request.backend)
-        return measure(path, self._judging, reference, backend=self.request.backend).kl.mean
-
-    def _write(self, out: Path, types: Mapping[str, str], what: str) -> Losses:
-        """A file of these types, every tensor rounded on its own as well as can be, and kept as a part."""
-        losses = Losses(self._parts.folder)
-        write_mixed(
-            self._source, out, types, self._exact(self._best(losses)), parts=self._parts,
-            made_from=self._alone, note=self._note, whole_matrices=True, crew=self._crew(),
-            progress=lambda name, done, total: self.request.progress(f"{what}: {name}", done, total),
+    @cached_property
+    def _workshop(self) -> Workshop:
+        return Workshop(
+            source=self._source, folder=self.request.folder, texts=self._texts,
+            passages=self.request.passages, candidates=self._candidates, hessians=self._hessians,
+            lattices=self._lattices, note=self._note, key=self.sensitivities.key,
+            backend=self.request.backend, progress=self.request.progress,
         )  # fmt: skip
-        return losses
-
-    @property
-    def _parts(self) -> Parts:
-        parts = Parts(self.request.folder / "parts")
-        parts.folder.mkdir(parents=True, exist_ok=True)
-        return parts
-
-    def _alone(self, _name: str, _kind: str) -> str:
-        """What a tensor's bytes depend on that is rounded on its own."""
-        return f"best {VERSION} {self.sensitivities.key}"
-
-    def _write_in_order(self, out: Path, types: Mapping[str, str], what: str) -> float | None:
-        """The same file with its layers rounded in their order, each for what the ones before put out; how
-        far it is from the source on text that says nothing of that. None, and no file, where there is no
-        other text."""
-        try:
-            windows = self._windows(besides=self._judging)
-        except TooFewTokens:
-            return None
-        key = digest_of(IN_ORDER, self.sensitivities.key, sorted(types.items()), windows)
-        names = {tensor.name for tensor in self._source.quantizable}
-        settled = frozenset(self._lattices) | (names & {EMBEDDING})
-
-        def made_from(name: str, kind: str) -> str:
-            return self._alone(name, kind) if name in settled else f"in order {key}"
-
-        wanted = {each.tensor.name: each for each in matrices(self._source, types, made_from)}
-        InOrder(
-            source=self.request.source,
-            wanted=wanted,
-            settled=settled,
-            parts=self._parts,
-            folder=self.request.folder / "in-order",
-            key=key,
-            n_processes=self._crew().n_processes,
-            progress=lambda name, done, total: self.request.progress(f"{what}, {name}", done, total),
-        ).run(windows)
-        write_mixed(
-            self._source, out, types, self._exact(self._best(Losses(self._parts.folder))), parts=self._parts,
-            made_from=made_from, note=self._note, whole_matrices=True,
-        )  # fmt: skip
-        for name in names - settled:
-            if wanted[name].key is not None:
-                self._parts.path(wanted[name]).unlink()
-        return self._judge(out)
-
-    def _exact(self, encode: Encode) -> Encode:
-        """The same, but for tensors that are packed as they are."""
-        return Exact(encode, self._lattices)
 
     @staticmethod
     def scratch(folder: Path) -> tuple[Path, ...]:
         """Large folders that no finished run needs again."""
-        return tuple(
-            folder / name for name in ("sensitivities", "hessians", "parts", "tries", "gains", "in-order")
-        )
+        return tuple(folder / name for name in ("sensitivities", "hessians", "gains", *SCRATCH))
 
     def file(self, budget: Budget, out: Path) -> Step:
         """The file itself, every tensor rounded as well as can be."""
@@ -386,13 +298,14 @@ class Mixes:
 
     def _make(self, budget: Budget, out: Path) -> Facts:
         plan = json.loads(self._plan_file(budget).read_text("utf-8"))
-        types, alone = plan["types"], plan["measured"]
-        losses = self._write(out, types, f"rounding {out.name}")
-        again = self._tries / "in-order.gguf"
-        in_order = self._write_in_order(again, types, f"rounding {out.name} in order")
-        if in_order is not None and in_order < alone:
-            shutil.move(again, out)
-        again.unlink(missing_ok=True)
+        types, shop = plan["types"], self._workshop
+        losses = shop.alone(out, types, f"rounding {out.name}")
+        compared, again = [plan["measured"]], shop.tries / "in-order.gguf"
+        if shop.in_order(again, types, f"rounding {out.name} in order"):
+            compared.append(shop.judge(again))
+            if compared[1] < compared[0]:
+                shutil.move(again, out)
+            again.unlink(missing_ok=True)
         if self.request.finish is not None:
             self.request.finish(out)
         return {
@@ -400,18 +313,9 @@ class Mixes:
             "types": dataclasses.asdict(read_types(out)),
             "warning": None,
             "rounding_loss": losses.gain(types),
-            "in_order": None if in_order is None else [alone, in_order],
+            "compared": compared,
             "packed": held(out, self._lattices),
         }
-
-    def _crew(self) -> Crew:
-        """As many processes as threads were given, and as find memory."""
-        wanted = self.request.backend.n_threads or default_threads()
-        largest = max(math.prod(tensor.shape[:2]) for tensor in self._source.quantizable)
-        widest = max(tensor.shape[0] for tensor in self._source.quantizable)
-        each = BYTES_A_WEIGHT * largest + BYTES_A_MOMENT * widest**2
-        room = int(MEMORY_SHARE * available_memory()) // each
-        return Crew(max(1, min(wanted, room)), input_of, one_thread)
 
     def report(self, plan: Facts, file: Facts) -> MixReport:
         """How a file came about, from what its steps recorded."""
@@ -421,7 +325,7 @@ class Mixes:
             tried=tuple(Tried(**tried) for tried in plan["tried"]),
             chosen=plan["chosen"],
             rounding_loss=file["rounding_loss"],
-            in_order=None if file["in_order"] is None else tuple(file["in_order"]),
+            compared=tuple(file["compared"]),
         )
 
 

@@ -21,10 +21,10 @@ from quantize.gguf_files.packing import FORMATS
 from quantize.network.network import Network
 from quantize.network.shape import read_shape
 from quantize.network.weights import WeightFile
-from quantize.recovery.knobs import Knob, minimum_knob, scale_knob, vector_knob
+from quantize.recovery.knobs import Knob, as_half, minimum_knob, row_knob, scale_knob, vector_knob
 from quantize.recovery.scales import Packed, expand, rewrite
 
-SCALE, MINIMUM = "scale", "minimum"
+SCALE, MINIMUM, ROWS = "scale", "minimum", "rows"
 
 
 class NothingToTrain(QuantizeError):
@@ -69,7 +69,7 @@ class Student(Network):
         elif info.type.name in FORMATS:
             packed = Packed.of(FORMATS[info.type.name], _rows(self._map(), info), self.device)
             self.packed[info.name] = packed
-            found = {SCALE: scale_knob(packed), MINIMUM: minimum_knob(packed)}
+            found = {SCALE: scale_knob(packed), MINIMUM: minimum_knob(packed), ROWS: row_knob(packed)}
         else:
             return
         for part, knob in found.items():
@@ -86,16 +86,16 @@ class Student(Network):
         """A weight: its replacement, what its knobs make it, or the file's."""
         if name in self.replaced or (name, SCALE) not in self.knobs:
             return super().weight(name)
-        scale, minimum = self._value(name, SCALE), None
         if name not in self.packed:
-            return scale
-        if (name, MINIMUM) in self.knobs:
-            minimum = self._value(name, MINIMUM)
-        return expand(self.packed[name], scale, minimum)
+            return self.knobs[name, SCALE].value()
+        return expand(self.packed[name], *self._numbers(name))
 
-    def _value(self, name: str, part: str) -> Tensor:
-        knob = self.knobs[name, part]
-        return knob.stored() if self._stored else knob.value()
+    def _numbers(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Scales and minimums of a packed tensor, (rows, blocks) each."""
+        rows, minimum = self.knobs[name, ROWS].value(), self.knobs.get((name, MINIMUM))
+        found = [rows * knob.value() for knob in (self.knobs[name, SCALE], minimum) if knob is not None]
+        scale, *more = map(as_half, found) if self._stored else found
+        return scale, more[0] if more else None
 
     @contextmanager
     def as_stored(self) -> Iterator[None]:
@@ -135,16 +135,16 @@ class Student(Network):
 
     def _bytes(self, info: TensorInfo, old: np.ndarray) -> np.ndarray:
         """What the file will hold of one tensor, (rows, row_bytes) uint8."""
-        scale = self.knobs[info.name, SCALE].stored().cpu().numpy()
         if info.name not in self.packed:
-            return np.ascontiguousarray(scale, "<f4").view(np.uint8).reshape(old.shape)
-        minimum = self.knobs.get((info.name, MINIMUM))
-        return rewrite(
-            FORMATS[info.type.name],
-            old,
-            scale.astype(np.float16),
-            None if minimum is None else minimum.stored().cpu().numpy().astype(np.float16),
-        )
+            values = self.knobs[info.name, SCALE].value().detach().cpu().numpy()
+            return np.ascontiguousarray(values, "<f4").view(np.uint8).reshape(old.shape)
+        with self.as_stored():
+            scale, minimum = (
+                None if part is None else part.cpu().numpy().astype(np.float16)
+                for part in self._numbers(info.name)
+            )
+        assert scale is not None
+        return rewrite(FORMATS[info.type.name], old, scale, minimum)
 
 
 def is_vector(info: TensorInfo) -> bool:

@@ -36,8 +36,9 @@ class Settings:
 
     tokens: int = 40_000
     batch: int = 4
-    scale_rate: float = 2e-3
+    scale_rate: float = 2e-4
     norm_rate: float = 1e-3
+    row_rate: float = 1e-3
     warm_up: float = 0.1
     decay: float = 0.0
     held_back: float = 0.125
@@ -50,6 +51,7 @@ class Settings:
         for name, value, lowest, highest in (
             ("tokens", self.tokens, 1, math.inf), ("batch", self.batch, 1, math.inf),
             ("scale_rate", self.scale_rate, 0, 1), ("norm_rate", self.norm_rate, 0, 1),
+            ("row_rate", self.row_rate, 0, 1),
             ("warm_up", self.warm_up, 0, 1), ("decay", self.decay, 0, math.inf),
             ("checks", self.checks, 1, math.inf), ("patience", self.patience, 1, math.inf),
         ):  # fmt: skip
@@ -60,7 +62,7 @@ class Settings:
 
     def rate(self, kind: Kind) -> float:
         """At its highest."""
-        return self.norm_rate if kind == "norms" else self.scale_rate
+        return {"norms": self.norm_rate, "scales": self.scale_rate, "rows": self.row_rate}[kind]
 
 
 class TooFewWindows(QuantizeError):

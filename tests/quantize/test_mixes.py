@@ -1,6 +1,7 @@
 """Files within a budget, from checkpoint to report: what they hold, what a second run takes over."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from quantize.measure import Backend
 from quantize.mixes import steps
 from quantize.mixes.allocate import Mix
 from quantize.mixes.budget import Budget, InvalidBudget, parse_bits_per_weight, parse_sizes
+from quantize.mixes.workshop import Workshop
 from quantize.pipeline import run
 from quantize.settings import NeedsCalibration
 from quantize.source import UnusableSource, digest, find
@@ -61,9 +63,28 @@ def test_more_bytes_diverge_less(finished):
     assert 0 < large["chats"]["kl"]["mean"] < small["chats"]["kl"]["mean"]
 
 
+def test_layers_are_rounded_in_order_and_the_closer_file_is_kept(finished):
+    for file in json.loads((finished / "report.json").read_text("utf-8"))["files"]:
+        alone, in_order = file["mix"]["compared"]
+        assert 0 < in_order != alone > 0
+    told = "Layers were then rounded in their order"
+    assert (finished / "report.md").read_text("utf-8").count(told) == 2
+
+
+def test_layers_rounded_in_order_are_not_used_where_they_are_no_closer(copy, wanted, monkeypatch):
+    budgets = parse_bits_per_weight("5")
+    judged = itertools.count(1)  # the mixes, and last the best of them with its layers in order
+    monkeypatch.setattr(Workshop, "judge", lambda _, path: path.exists() and next(judged))
+    report = run(dataclasses.replace(wanted, out=copy, budgets=budgets))
+    assert report.files[0].mix is not None
+    alone, in_order = report.files[0].mix.compared
+    assert alone == 1 < in_order
+    assert "so that was not used" in (copy / "report.md").read_text("utf-8")
+
+
 def test_nothing_large_is_left_and_sensitivities_are(finished):
     left = {path.name for path in (finished / "work").iterdir()}
-    assert not left & {"hessians", "parts", "tries", "gains"}
+    assert not left & {"hessians", "parts", "tries", "gains", "in-order", "generator.gguf"}
     assert "sensitivities.npz" in left
 
 
