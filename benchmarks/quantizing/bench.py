@@ -19,16 +19,17 @@ from quantize.calibration.imatrix import ImportanceMatrix
 from quantize.gguf_files.child import quantize
 from quantize.gguf_files.mixed_file import ImportanceNote, MixedSource, Parts, write_mixed
 from quantize.gguf_files.types import Order
+from quantize.measure import passages
 from quantize.mixes.candidates import TYPES, Candidates
-from quantize.mixes.encoding import Best, Losses, Nearest
-from quantize.mixes.workshop import WINDOW
+from quantize.mixes.encoding import Nearest
+from quantize.mixes.workshop import WINDOW, Workshop
 from quantize.network.hessian import Hessians
-from quantize.network.network import Network, lookups
+from quantize.network.network import Network
 from quantize.network.stream import cut, forward
 from quantize.sensitivity.record import Sensitivities
 from quantize.source import digest
 
-Rounding = Literal["nearest", "best"]
+Rounding = Literal["nearest", "best", "in order"]
 
 
 @dataclass(frozen=True)
@@ -102,16 +103,33 @@ class Bench:
         return self.yard.once(f"{named} {identity}", lambda out: self.write(out, types, rounding))
 
     def write(self, out: Path, types: Mapping[str, str], rounding: Rounding) -> None:
-        """A file of these types; rounded tensors are kept for other files."""
-        parts = Parts(self.yard.out / "parts" / rounding)
-        parts.folder.mkdir(parents=True, exist_ok=True)
-        encode = Nearest(self.candidates) if rounding == "nearest" else self._best(parts)
-        note = ImportanceNote(self.matrix.name, len(self.candidates.means))
-        key = digest(self.matrix)
-        write_mixed(
-            self.source, out, types, encode, parts=parts, made_from=lambda *_: f"{rounding} {key}", note=note,
-            whole_matrices=rounding == "best",
-        )  # fmt: skip
+        """A file of these types; tensors rounded on their own are kept for other files."""
+        if rounding == "nearest":
+            parts = Parts(self.yard.out / "nearest")
+            parts.folder.mkdir(parents=True, exist_ok=True)
+            key = digest(self.matrix)
+            encode = Nearest(self.candidates)
+            write_mixed(
+                self.source, out, types, encode, parts=parts, made_from=lambda *_: f"nearest {key}",
+                note=self.note,
+            )  # fmt: skip
+            return
+        self.workshop.alone(out, types, "rounding")
+        if rounding == "in order" and not self.workshop.in_order(out, types, "rounding in order"):
+            raise SystemExit(f"{self.yard.run} has too little calibration text to round layers in order")
 
-    def _best(self, parts: Parts) -> Best:
-        return Best(self.candidates, self.hessians, Losses(parts.folder), lookups(self.source.files))
+    @property
+    def note(self) -> ImportanceNote:
+        """Of the run's importance matrix."""
+        return ImportanceNote(self.matrix.name, len(self.candidates.means))
+
+    @cached_property
+    def workshop(self) -> Workshop:
+        """As the run's own."""
+        texts = self.yard.run / "work" / "calibration.jsonl"
+        return Workshop(
+            source=self.source, folder=self.yard.out, texts=texts,
+            passages=lambda: passages(read(texts), "assistant"), candidates=self.candidates,
+            hessians=self.hessians, lattices={}, note=self.note, key=digest(self.matrix),
+            backend=self.yard.backend, progress=lambda *_: None,
+        )  # fmt: skip

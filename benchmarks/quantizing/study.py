@@ -1,8 +1,9 @@
 """`python -m benchmarks.quantizing.study STUDY RUN`: where a run's gain comes from, how good predictions are.
 
 RUN is the folder of a finished `lq quantize --size A,B --eval-text FILE --keep-source`. `ablation`: for each
-of its budgets llama.cpp's recipe nearest in size, that recipe's types rounded our way, our types rounded to
-nearest, and both. `rank`: mixes at several sizes, good and bad ones, predicted against measured.
+of its budgets llama.cpp's recipe nearest in size and our types, each rounded to nearest, tensor by tensor
+under Hessians, and with layers in their order. `rank`: mixes at several sizes, good and bad ones, predicted
+against measured.
 """
 
 import argparse
@@ -43,14 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def ablation(bench: Bench) -> str:
-    """A table: recipe, rounding alone, allocation alone, both."""
+    """A table: types and rounding, theirs and ours."""
     lines = ["| types | rounding | MB | mean KLD, chats | mean KLD, text |", "|---|---|---:|---:|---:|"]
     for path in sorted((bench.yard.run / "work").glob("mix-*.json")):
         label, types = path.stem.removeprefix("mix-"), json.loads(path.read_text("utf-8"))["types"]
         recipe = _nearest_recipe(bench, bench.source.layout(types).size_bytes)
         stock = bench.stock_types(recipe)
         for name, chosen in ((f"llama.cpp's {recipe}", stock), (f"ours, {label}", types)):
-            for rounding in ("nearest", "best"):
+            for rounding in ("nearest", "best", "in order"):
                 found = bench.measure(name, chosen, rounding)
                 lines.append(_line((name, rounding), found))
     return "\n".join(lines) + "\n"

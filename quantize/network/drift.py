@@ -22,7 +22,7 @@ from quantize.network.stream import blocks
 
 #: Of the diagonal of E[x~ x~^T], added to it, times how many columns there are for a token: what few tokens
 #: say of a correction is half chance.
-RIDGE = 14.0
+RIDGE = 24.0
 
 
 class _Reached(Exception):

@@ -1,0 +1,54 @@
+"""The studies of `benchmarks/quantizing` on a finished run: their tables have what they say they have."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quantizing import study
+from quantize.mixes.budget import parse_sizes
+from quantize.pipeline import run
+
+
+@pytest.fixture(scope="module")
+def finished(asked, tmp_path_factory) -> Path:
+    """A run for a budget, with its source kept."""
+    out = tmp_path_factory.mktemp("study")
+    budgets = parse_sizes("3.4MB")
+    run(dataclasses.replace(asked, types=(), budgets=budgets, keep_source=True, out=out))
+    return out
+
+
+def rows_of(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_ablation_has_both_types_rounded_in_three_ways(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "RECIPES", ("Q4_0", "Q8_0"))
+    assert study.main(["ablation", str(finished), "--out", str(tmp_path), "--threads", "1"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    types = {row[0] for row in rows}
+    assert {kind.partition(" ")[0] for kind in types} == {"llama.cpp's", "ours,"}
+    assert [row[1] for row in rows] == ["nearest", "best", "in order"] * 2
+    found = {(row[0], row[1]): float(row[3].split()[0]) for row in rows}
+    assert len(set(found.values())) == 6
+    ours = next(kind for kind in types if kind.startswith("ours"))
+    assert found[ours, "best"] < found[ours, "nearest"]
+    assert (tmp_path / "ablation.md").read_text("utf-8").startswith("| types |")
+
+
+def test_rank_has_what_was_predicted_beside_what_was_measured(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "RANKED", 12)
+    assert study.main(["rank", str(finished), "--out", str(tmp_path), "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    rows = rows_of(out)
+    assert len(rows) == 12
+    assert all(float(row[2]) > 0 < float(row[3].split()[0]) for row in rows)
+    assert float(out.rpartition("chats ")[2].split(",")[0]) > 0.5
+
+
+def test_run_without_sensitivities_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        study.main(["rank", str(tmp_path)])
+    assert "holds no sensitivities; RUN is a run with --size" in capsys.readouterr().err
