@@ -20,7 +20,7 @@ from quantize.recovery.teacher import Teacher
 from quantize.recovery.training import Progress, Settings, TooFewWindows, Training, parameters
 
 #: Changes when the same inputs come to other bytes.
-VERSION = 1
+VERSION = 2
 
 
 class UnusableWindows(QuantizeError):

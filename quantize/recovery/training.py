@@ -31,19 +31,21 @@ class Settings:
 
     `tokens` are read in all, over several passes where the windows have fewer; `batch` windows a step.
     `held_back` is the share of the windows that only checks see, and `checks` how often they do; after
-    `patience` of them without a new best it ends. `decay` pulls towards the file as it was.
+    one that is no better than the best, training goes on from the best at `slower` times the rates, and after
+    `patience` of them in a row it ends. `decay` pulls towards the file as it was.
     """
 
     tokens: int = 40_000
     batch: int = 4
     scale_rate: float = 2e-4
     norm_rate: float = 1e-3
-    row_rate: float = 1e-3
+    row_rate: float = 3e-4
     warm_up: float = 0.1
     decay: float = 0.0
     held_back: float = 0.125
-    checks: int = 8
+    checks: int = 10
     patience: int = 4
+    slower: float = 0.25
     seed: int = 0
 
     def check(self) -> None:
@@ -54,6 +56,7 @@ class Settings:
             ("row_rate", self.row_rate, 0, 1),
             ("warm_up", self.warm_up, 0, 1), ("decay", self.decay, 0, math.inf),
             ("checks", self.checks, 1, math.inf), ("patience", self.patience, 1, math.inf),
+            ("slower", self.slower, 0, 1),
         ):  # fmt: skip
             if not lowest <= value <= highest:
                 raise QuantizeError(f"recovery: {name} is {value}; give {lowest} to {highest}")
@@ -77,13 +80,16 @@ class TooFewWindows(QuantizeError):
 
 @dataclass(slots=True)
 class State:
-    """Where a training is. `offsets`, `moments` (first and second) and `best` go by knob."""
+    """Where a training is. `offsets`, `moments` (first and second) and `best` go by knob; `pace` is what
+    rates are multiplied with, `begun` the step that the moments count from."""
 
     step: int
     offsets: list[Tensor]
     moments: list[Tensor]
     best: list[Tensor]
     best_step: int = 0
+    pace: float = 1.0
+    begun: int = 0
     history: list[tuple[int, float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
@@ -102,6 +108,15 @@ class State:
     def best_kl(self) -> float:
         """That of the best state."""
         return dict(self.history)[self.best_step]
+
+    def go_back(self, slower: float) -> None:
+        """To the best, and on from there at lower rates."""
+        with torch.no_grad():
+            for offset, best in zip(self.offsets, self.best, strict=True):
+                offset.copy_(best)
+            for moment in self.moments:
+                moment.zero_()
+        self.pace, self.begun = self.pace * slower, self.step
 
     def save(self, path: Path, key: str) -> None:
         """Store it whole."""
@@ -158,16 +173,14 @@ class Training:
             self.progress("recovering", state.step, self.n_steps)
             state.losses.append(self._step(state))
             state.step += 1
+            if not math.isfinite(state.losses[-1]):
+                state.go_back(self.settings.slower)
             if state.step % every == 0 or state.step == self.n_steps:
                 self._check(state)
             elif time.monotonic() - saved > SAVE_S:
                 state.save(self.path, self.key)
                 saved = time.monotonic()
-            if not math.isfinite(state.losses[-1]):
-                break
-        with torch.no_grad():
-            for offset, best in zip(state.offsets, state.best, strict=True):
-                offset.copy_(best)
+        state.go_back(1.0)
         return state
 
     def _is_over(self, state: State) -> bool:
@@ -181,6 +194,8 @@ class Training:
         kl = float(divergence(self.student, self.teacher, self.windows, held_back).mean())
         if not state.history or kl < state.best_kl:
             state.best, state.best_step = [offset.clone() for offset in state.offsets], state.step
+        else:
+            state.go_back(self.settings.slower)
         state.history.append((state.step, kl))
         state.save(self.path, self.key)
 
@@ -199,7 +214,7 @@ class Training:
 
     def _adam(self, state: State) -> None:
         """Adam with decay apart from the gradient (AdamW), in place."""
-        now = schedule(state.step, self.n_steps, self.settings.warm_up)
+        now = state.pace * schedule(state.step, self.n_steps, self.settings.warm_up)
         first, second = np.split(np.arange(len(state.moments)), 2)
         with torch.no_grad():
             for index, knob in enumerate(self.student.knobs.values()):
@@ -207,7 +222,7 @@ class Training:
                 if knob.offset.grad is None or not rate:
                     continue
                 mean, square = state.moments[first[index]], state.moments[second[index]]
-                adam(knob.offset, knob.offset.grad, mean, square, step=state.step, rate=rate)
+                adam(knob.offset, knob.offset.grad, mean, square, step=state.step - state.begun, rate=rate)
                 knob.offset.mul_(1 - rate * self.settings.decay)
 
 

@@ -220,8 +220,15 @@ def test_types_without_block_scales_keep_their_bytes_and_norms_make_up_for_them(
             assert old[part] == new[part]
 
 
+def test_rates_that_are_far_too_high_come_down(pair: Pair, tmp_path):
+    wild = dataclasses.replace(QUICK, scale_rate=1.0, norm_rate=1.0, row_rate=1.0, warm_up=0.0)
+    facts = recover(*pair, WINDOWS, tmp_path / "out.gguf", settings=wild, folder=tmp_path / "work")
+    divergences = [kl for _, kl in facts.history]
+    assert max(divergences[1:]) > facts.before > facts.after
+
+
 def test_what_does_not_help_leaves_every_byte_as_it_was(pair: Pair, tmp_path):
-    wild = dataclasses.replace(QUICK, scale_rate=1.0, norm_rate=1.0, warm_up=0.0)
+    wild = dataclasses.replace(QUICK, scale_rate=1.0, norm_rate=1.0, warm_up=0.0, slower=1.0)
     facts = recover(*pair, WINDOWS, tmp_path / "out.gguf", settings=wild, folder=tmp_path / "work")
     assert not facts.helped
     assert facts.best_step == 0
