@@ -205,11 +205,12 @@ class InOrder:
     ) -> None:
         """The last product, where it is not the embedding's."""
 
+        def inputs(stream: Tensor, part: slice) -> Tensor:
+            return network.norm(stream[part]).flatten(0, 1)
+
         def drift() -> Drift:
-            return Drift.over(
-                (*(network.norm(each[part]).flatten(0, 1) for each in (hidden, made)), None)
-                for part in blocks(*hidden.shape[:2])
-            )
+            parts = blocks(*hidden.shape[:2])
+            return Drift.over((inputs(hidden, part), inputs(made, part), None) for part in parts)
 
         self._round([network.head_name], drift, targets, processes)
 

@@ -84,7 +84,7 @@ def _held(tensor: TensorInfo) -> int:
     form = FORMATS.get(tensor.type.name)
     if form is None:
         return OF_A_KNOB * tensor.n_elements
-    knobs = (1 + form.has_minimum) * tensor.n_elements // form.block
+    knobs = (1 + form.has_minimum) * tensor.n_elements // form.block + tensor.n_elements // tensor.shape[0]
     groups = 0 if form.scales is None else (1 + form.has_minimum) * tensor.n_elements // form.group
     return tensor.n_elements + OF_A_KNOB * knobs + 2 * groups
 
