@@ -123,7 +123,7 @@ def _recoveries(report: Report) -> Iterable[str]:
         return
     yield "## Recovered"
     yield (
-        "After rounding, norms, biases and the float16 scales of blocks were trained on the calibration text "
+        "After rounding, norms, biases and the float16 scales of blocks were trained on more text like it "
         "to predict what the source does; types, sizes and codes stay. Mean KLD before and after:"
     )
     yield _table(RECOVERY_COLUMNS, [recovery_row(file) for file in trained])

@@ -93,6 +93,8 @@ class _Run:
         text = self._text(work.text, "text")
         calibration = self._text(work.calibration, None)
         evaluation = self._held_out()
+        if work.lessons is not None:
+            self.ensure(work.lessons)
         work.generator_file.unlink(missing_ok=True)  # all that it writes is written
         source = replace(source, answers=self._answers(None))
         importance = self.ensure(work.importance) if work.importance else None

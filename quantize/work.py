@@ -135,7 +135,7 @@ class Work:
             n_parallel=settings.n_parallel,
             with_plain=True,
         )
-        return self._conversation_step(plan, None)
+        return self._conversation_step(plan)
 
     @cached_property
     def evaluation(self) -> Step | None:
@@ -147,7 +147,23 @@ class Work:
         plan = Plan(
             "evaluation", settings.seed, settings.eval_tokens, ("assistant",), n_parallel=settings.n_parallel
         )
-        return self._conversation_step(plan, self.calibration if settings.calibration == "self" else None)
+        return self._conversation_step(plan, *([self.calibration] if settings.calibration == "self" else []))
+
+    @cached_property
+    def lessons(self) -> Step | None:
+        """What recovery learns from: text that the layers were not rounded by, which has little left to say,
+        where the model writes it; else the calibration."""
+        settings = self.settings
+        if not settings.recover or settings.calibration != "self":
+            return self.calibration if settings.recover else None
+        plan = Plan(
+            "recovery",
+            settings.seed,
+            settings.calibration_tokens,
+            n_parallel=settings.n_parallel,
+            with_plain=True,
+        )
+        return self._conversation_step(plan, self.calibration, self.evaluation)
 
     @cached_property
     def text(self) -> Step | None:
@@ -161,9 +177,10 @@ class Work:
         """Where a text step writes."""
         return self.folder / f"{name}.jsonl"
 
-    def _conversation_step(self, plan: Plan, avoid: Step | None) -> Step:
+    def _conversation_step(self, plan: Plan, *avoided: Step | None) -> Step:
         parameters = {"plan": dataclasses.asdict(plan), "rules": TEXT_RULES, "threads": self._threads}
-        needs = (self.generator,) if avoid is None else (self.generator, avoid)
+        avoid = tuple(step for step in avoided if step is not None)
+        needs = (self.generator, *avoid)
         out = self.text_file(plan.purpose)
         keyed = Step(plan.purpose, dict, parameters, needs)
 
@@ -174,7 +191,7 @@ class Work:
                 plan,
                 key=keyed.key,
                 backend=self.settings.backend,
-                avoid=read(self.text_file(avoid.name)) if avoid else (),
+                avoid=[text for step in avoid for text in read(self.text_file(step.name))],
                 progress=self._ticker(_TOLD[plan.purpose]),
             )
             return dataclasses.asdict(written)
@@ -297,14 +314,14 @@ class Work:
     @cached_property
     def recoveries(self) -> Recoveries:
         """The steps that train what was rounded."""
-        assert self.calibration is not None
+        assert self.lessons is not None
         return Recoveries(
             source=self.source_file,
-            texts=self.text_file("calibration"),
+            texts=self.text_file(self.lessons.name),
             folder=self.folder,
             backend=self.settings.backend,
             progress=self.progress,
-            ready=(self.source, self.calibration),
+            ready=(self.source, self.lessons),
         )
 
     def made(self, kind: str) -> Step:
@@ -446,4 +463,5 @@ class Work:
 _TOLD: Mapping[Purpose, str] = {
     "calibration": "writing calibration conversations",
     "evaluation": "writing held-out conversations",
+    "recovery": "writing conversations to learn from",
 }

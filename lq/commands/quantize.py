@@ -73,7 +73,7 @@ def quantize(
         bool,
         typer.Option(
             "--recover",
-            help="Train norms and block scales after rounding, on the calibration text; off by default.",
+            help="Train norms and block scales after rounding, on more text of its own; off by default.",
         ),
     ] = False,
     objective: Annotated[

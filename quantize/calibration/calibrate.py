@@ -14,7 +14,7 @@ from quantize.calibration.conversation import Conversation, Journal, Role, Span
 from quantize.calibration.filters import Seen, fault
 from quantize.frame import CannotConverse, Frame, NothingToBeginFrom
 
-Purpose = Literal["calibration", "evaluation"]
+Purpose = Literal["calibration", "evaluation", "recovery"]
 
 #: A 50/50 mix of 0.5 and 1.5 made better calibration text than 0.8 (Williams et al., NAACL 2025). Questions
 #: are asked at 1.0 or more, since at 0.5 a small model asks the same ones again.
@@ -64,8 +64,8 @@ class Plan:
     with_plain: bool = False
 
     def request_seed(self, number: int, turn: int) -> int:
-        """A 32-bit seed; calibration and evaluation never share one under the same --seed."""
-        purpose = 2 if self.purpose == "evaluation" else 0
+        """A 32-bit seed; texts for different purposes never share one under the same --seed."""
+        purpose = {"calibration": 0, "evaluation": 2, "recovery": 1 << 31}[self.purpose]
         return (self.seed * 1_000_003 + 4 * number + purpose + turn) % 2**32
 
 

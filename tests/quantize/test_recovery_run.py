@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 
 import pytest
 
 from quantize import work
+from quantize.calibration.conversation import read
 from quantize.mixes.budget import parse_bits_per_weight
 from quantize.network.shape import UnsupportedNetwork
 from quantize.pipeline import run
@@ -63,9 +65,24 @@ def test_a_file_is_recovered_and_told_of_once_the_run_is_gone_on_with(recovering
     assert stored["kept"] is True
     assert stored["chats_before"]["kl"]["mean"] == recovery.chats_before.kl.mean
     assert "## Recovered" in (out / "report.md").read_text("utf-8")
+    texts = [
+        {tuple(text.tokens) for text in read(out / "work" / f"{name}.jsonl")}
+        for name in ("calibration", "evaluation", "recovery")
+    ]
+    assert all(texts)
+    assert not any(one & other for one, other in itertools.combinations(texts, 2))
     done = list(made)
     run(recovering)
     assert made == done
+
+
+def test_a_text_of_the_users_own_is_what_recovery_learns_from(recovering, tmp_path):
+    text = tmp_path / "own.txt"
+    text.write_text("word " * 4000, "utf-8")
+    settings = dataclasses.replace(recovering, calibration=text)
+    job = Work(settings, settings.check(), silent)
+    assert job.lessons is job.calibration
+    assert job.recoveries.texts == job.text_file("calibration")
 
 
 def made_before(out) -> str:

@@ -106,7 +106,9 @@ def test_moments_follow_as_if_collected_again(variant, name, models, tmp_path):
         if tensor.endswith("norm.weight") or len(after.shape(tensor)) == 1 or tensor == "token_embd.weight":
             continue
         truth = collected.read(tensor)
-        np.testing.assert_allclose(after.read(tensor), truth, atol=2e-5 * np.abs(truth).max())
+        root = np.sqrt(np.diagonal(truth))
+        # both are kept with correlations in float16
+        assert (np.abs(after.read(tensor) - truth) <= 2e-3 * np.outer(root, root)).all()
         assert after.count(tensor) == WINDOWS.size
 
 
