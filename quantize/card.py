@@ -123,8 +123,9 @@ def _recoveries(report: Report) -> Iterable[str]:
         return
     yield "## Recovered"
     yield (
-        "After rounding, norms, biases and the float16 scales of blocks were trained on more text like it "
-        "to predict what the source does; types, sizes and codes stay. Mean KLD before and after:"
+        "After rounding, norms, biases and the float16 scales of blocks were trained on more text of the "
+        "calibration's kind to predict what the source does; types, sizes and codes stay. Mean KLD before "
+        "and after:"
     )
     yield _table(RECOVERY_COLUMNS, [recovery_row(file) for file in trained])
 
