@@ -128,14 +128,7 @@ class Work:
             return None
         if isinstance(settings.calibration, Path):
             return self._file_step("calibration", settings.calibration, settings.calibration_tokens)
-        plan = Plan(
-            "calibration",
-            settings.seed,
-            settings.calibration_tokens,
-            n_parallel=settings.n_parallel,
-            with_plain=True,
-        )
-        return self._conversation_step(plan)
+        return self._conversation_step(self._chats_and_prose("calibration"))
 
     @cached_property
     def evaluation(self) -> Step | None:
@@ -154,16 +147,22 @@ class Work:
         """What recovery learns from: text that the layers were not rounded by, which has little left to say,
         where the model writes it; else the calibration."""
         settings = self.settings
-        if not settings.recover or settings.calibration != "self":
-            return self.calibration if settings.recover else None
-        plan = Plan(
-            "recovery",
+        if not settings.recover:
+            return None
+        if settings.calibration != "self":
+            return self.calibration
+        return self._conversation_step(self._chats_and_prose("recovery"), self.calibration, self.evaluation)
+
+    def _chats_and_prose(self, purpose: Purpose) -> Plan:
+        """Text to round or to train by."""
+        settings = self.settings
+        return Plan(
+            purpose,
             settings.seed,
             settings.calibration_tokens,
             n_parallel=settings.n_parallel,
             with_plain=True,
         )
-        return self._conversation_step(plan, self.calibration, self.evaluation)
 
     @cached_property
     def text(self) -> Step | None:
