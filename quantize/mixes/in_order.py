@@ -22,7 +22,7 @@ from quantize.gguf_files.packing import FORMATS
 from quantize.gguf_files.parts import Encode, Parts, Rows, StoredMatrices
 from quantize.gguf_files.types import quantize_rows
 from quantize.mixes.encoding import one_thread
-from quantize.network.drift import Drift, Pair
+from quantize.network.drift import Drift, side_by_side
 from quantize.network.hessian import input_of
 from quantize.network.network import EMBEDDING, Layer, Network
 from quantize.network.stream import blocks
@@ -150,11 +150,10 @@ class InOrder:
             first, hidden, made = self._start(network, windows, state)
             for index in range(first, n_layer):
                 self.progress(f"layer {index}", index, n_layer)
-                pair = Pair.of(network.layer(index), network.layer(index), hidden, made)
-                for group in pair.groups:
-                    self._round(group, lambda group=group, pair=pair: pair.drift(group), targets, processes)
-                    self._take(pair.made, group)
-                hidden, made = _through(pair.source, hidden), _through(pair.made, made)
+                layer = network.layer(index)
+                for group in side_by_side(network.layer(index), layer, hidden, made):
+                    self._round(group.names, group.drift, targets, processes)
+                    self._take(layer, group.names)
                 if time.monotonic() - saved > SAVE_S:
                     state.save(index + 1, {"source": hidden, "made": made})
                     saved = time.monotonic()
@@ -226,10 +225,3 @@ class InOrder:
         data = np.fromfile(self.parts.path(wanted), np.uint8).reshape(-1, wanted.row_bytes)
         kind = gguf.GGMLQuantizationType[wanted.type.name]
         return torch.from_numpy(np.ascontiguousarray(gguf.dequantize(data, kind), np.float32))
-
-
-def _through(layer: Layer, hidden: Tensor) -> Tensor:
-    """What a layer makes of (windows, tokens, n_embd), in place."""
-    for part in blocks(*hidden.shape[:2]):
-        hidden[part] = layer(hidden[part])
-    return hidden

@@ -10,60 +10,17 @@ that solution; knows no files and no rounding.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from quantize.network.hessian import input_of
-from quantize.network.network import Layer
+from quantize.network.network import Layer, Stage
 from quantize.network.stream import blocks
 
 #: Of the diagonal of E[x~ x~^T], added to it, times how many columns there are for a token: what few tokens
 #: say of a correction is half chance.
 RIDGE = 24.0
-
-
-class _Reached(Exception):
-    """The product that was waited for."""
-
-
-def products(layer: Layer, hidden: Tensor) -> list[list[str]]:
-    """Names of a layer's products in the order in which they are computed, those of one input together."""
-    names: list[str] = []
-    layer(hidden[:1, :1], lambda name, *_: names.append(name))
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(input_of(name), []).append(name)
-    return list(groups.values())
-
-
-@dataclass(slots=True)
-class Seen:
-    """What a layer computes, by products: `inputs` (batch, tokens, n), and `streams` (batch, tokens, n_embd),
-    the hidden states with a product's output added, of those that are."""
-
-    inputs: dict[str, Tensor]
-    streams: dict[str, Tensor]
-
-
-def watch(layer: Layer, hidden: Tensor, names: Sequence[str]) -> Seen:
-    """Compute a layer of (batch, tokens, n_embd) up to the last of these products."""
-    seen, stream = Seen({}, {}), hidden
-
-    def tap(name: str, inputs: Tensor, outputs: Tensor) -> None:
-        nonlocal stream
-        if name in names:
-            seen.inputs[name] = inputs
-        if layer.adds(name):
-            seen.streams[name] = stream = stream + outputs
-        if name == names[-1]:
-            raise _Reached
-
-    with suppress(_Reached):
-        layer(hidden, tap)
-    return seen
 
 
 @dataclass(slots=True)
@@ -106,43 +63,46 @@ class Drift:
         return solved(self.cross), None if self.missing is None else solved(self.missing)
 
 
-@dataclass(slots=True)
-class Pair:
-    """One layer of the source and of the network that is being rounded, and what goes into each: (windows,
-    tokens, n_embd). `watched`: what the source's gives, computed once."""
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The products of a layer that read one input. For some windows at a time, `truth` and `found` are where
+    the source's layer and the other one are, and `streams` (batch, tokens, n_embd) the source's hidden states
+    with the product's output added; None where it is not added as it is."""
 
-    source: Layer
-    made: Layer
-    hidden: Tensor
-    made_hidden: Tensor
-    groups: list[list[str]]
-    watched: dict[int, Seen] = field(default_factory=dict)
+    names: tuple[str, ...]
+    truth: Sequence[Stage]
+    found: Sequence[Stage]
+    streams: Sequence[Tensor] | None
 
-    @classmethod
-    def of(cls, source: Layer, made: Layer, hidden: Tensor, made_hidden: Tensor) -> "Pair":
-        """`made` has the source's weights until it is given others."""
-        return cls(source, made, hidden, made_hidden, products(source, hidden))
+    def drift(self) -> Drift:
+        """Over all of the windows."""
+        return Drift.over(self._parts())
 
-    def drift(self, group: Sequence[str]) -> Drift:
-        """Of the product, or products, that read one input; those before it must be as they will stay."""
-        return Drift.over(self._parts(group[0]))
-
-    def _parts(self, first: str) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        firsts = [group[0] for group in self.groups]
-        for part in blocks(*self.hidden.shape[:2]):
-            if part.start not in self.watched:
-                self.watched[part.start] = watch(self.source, self.hidden[part], firsts)
-            truth = self.watched[part.start]
-            found = watch(self.made, self.made_hidden[part], [first])
-            rows = [truth.inputs[first], found.inputs[first]]
-            if first in truth.streams:
-                before = [*truth.streams].index(first)
-                ours, theirs = (
-                    [hidden[part], *seen.streams.values()][before]
-                    for hidden, seen in ((self.made_hidden, found), (self.hidden, truth))
-                )
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        for index, (truth, found) in enumerate(zip(self.truth, self.found, strict=True)):
+            rows = [truth.inputs, found.inputs]
+            if self.streams is not None:
                 # what follows divides by the size of the hidden states: an error counts by its share of them
-                share = truth.streams[first].square().mean(-1, keepdim=True).rsqrt()
-                rows = [share * each for each in (*rows, theirs - ours)]
+                share = self.streams[index].square().mean(-1, keepdim=True).rsqrt()
+                rows = [share * each for each in (*rows, truth.hidden - found.hidden)]
             source, made, *missing = (each.flatten(0, 1) for each in rows)
             yield source, made, missing[0] if missing else None
+
+
+def side_by_side(source: Layer, made: Layer, hidden: Tensor, made_hidden: Tensor) -> Iterator[Group]:
+    """Compute a layer of the source and of the network that is being rounded, stopping before each group,
+    whose weights in `made` may be replaced then.
+
+    `hidden` and `made_hidden` (windows, tokens, n_embd) are what goes in, and in the end what comes out.
+    """
+    parts = [*blocks(*hidden.shape[:2])]
+    theirs = [source.stages(hidden[part]) for part in parts]
+    ours = [made.stages(made_hidden[part]) for part in parts]
+    truth, found = [next(stages) for stages in theirs], [next(stages) for stages in ours]
+    while names := truth[0].names:
+        after = [next(stages) for stages in theirs]
+        streams = [stage.hidden for stage in after] if source.adds(names[0]) else None
+        yield Group(names, truth, found, streams)
+        truth, found = after, [next(stages) for stages in ours]
+    for part, end, made_end in zip(parts, truth, found, strict=True):
+        hidden[part], made_hidden[part] = end.hidden, made_end.hidden

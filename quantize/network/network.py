@@ -4,8 +4,9 @@ Differentiable in weights and inputs; any weight can be replaced by another tens
 `quantize.families`; llama.cpp's graphs are the truth that tests compare with. Owns no texts and no losses.
 """
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,21 @@ Tap = Callable[[str, Tensor, Tensor], None]
 #: Parts whose output is added to the hidden states, unless one of these norms comes before that.
 ADDED = ("attn_output", "ffn_down")
 POST_NORMS = ("post_attention_norm", "post_ffw_norm")
+
+
+class Stage(NamedTuple):
+    """Where a layer is about to multiply with weights: the input (batch, tokens, n) that all of `names` read,
+    and the hidden states (batch, tokens, n_embd) so far. At its end there are no names, and both are the
+    layer's output."""
+
+    names: tuple[str, ...]
+    inputs: Tensor
+    hidden: Tensor
+
+
+#: Stops before the products of each input, goes on with the weights that the layer has then, and returns what
+#: a part of it puts out.
+_Staged = Generator[Stage, None, Tensor]
 
 
 def lookups(names: Container[str]) -> frozenset[str]:
@@ -138,9 +154,17 @@ class Layer:
 
     def __call__(self, hidden: Tensor, tap: Tap | None = None) -> Tensor:
         """(batch, tokens, n_embd) in and out; each row is one sequence from its start."""
-        attended = self._norm("post_attention_norm", self._attention(self._norm("attn_norm", hidden), tap))
-        hidden = hidden + attended
-        return hidden + self._norm("post_ffw_norm", self._feed_forward(self._norm("ffn_norm", hidden), tap))
+        for stage in self.stages(hidden, tap):
+            hidden = stage.hidden
+        return hidden
+
+    def stages(self, hidden: Tensor, tap: Tap | None = None) -> Iterator[Stage]:
+        """The same step by step; `weights` may be replaced meanwhile."""
+        attended = yield from self._attention(self._norm("attn_norm", hidden), hidden, tap)
+        hidden = hidden + self._norm("post_attention_norm", attended)
+        fed = yield from self._feed_forward(self._norm("ffn_norm", hidden), hidden, tap)
+        hidden = hidden + self._norm("post_ffw_norm", fed)
+        yield Stage((), hidden, hidden)
 
     def adds(self, name: str) -> bool:
         """Whether the output of this product is added to the hidden states as it is."""
@@ -155,39 +179,47 @@ class Layer:
         weight = self.weights.get(self._name(f"{part}.weight"))
         return x if weight is None else rms_norm(x, weight, self._network.shape.epsilon)
 
-    def _product(self, part: str, x: Tensor, tap: Tap | None) -> Tensor:
-        name = self._name(f"{part}.weight")
-        y = functional.linear(x, self.weights[name], self.weights.get(self._name(f"{part}.bias")))
-        if tap is not None:
-            tap(name, x, y)
-        return y
+    def _products(
+        self, parts: Sequence[str], x: Tensor, hidden: Tensor, tap: Tap | None
+    ) -> Generator[Stage, None, list[Tensor]]:
+        """What the weights of these parts make of one input."""
+        names = [self._name(f"{part}.weight") for part in parts]
+        yield Stage(tuple(names), x, hidden)
+        found = []
+        for name, part in zip(names, parts, strict=True):
+            bias = self.weights.get(self._name(f"{part}.bias"))
+            found.append(functional.linear(x, self.weights[name], bias))
+            if tap is not None:
+                tap(name, x, found[-1])
+        return found
 
-    def _attention(self, x: Tensor, tap: Tap | None) -> Tensor:
+    def _attention(self, x: Tensor, hidden: Tensor, tap: Tap | None) -> _Staged:
         shape = self._network.shape
-        q, k, v = (part.unflatten(-1, (-1, shape.head_dim)) for part in self._qkv(x, tap))
+        if self._name("attn_qkv.weight") in self.weights:
+            (fused,) = yield from self._products(["attn_qkv"], x, hidden, tap)
+            heads = (shape.n_head, shape.n_head_kv, shape.n_head_kv)
+            parts = fused.split([n * shape.head_dim for n in heads], -1)
+        else:
+            parts = yield from self._products(["attn_q", "attn_k", "attn_v"], x, hidden, tap)
+        q, k, v = (part.unflatten(-1, (-1, shape.head_dim)) for part in parts)
         q, k = self._norm("attn_q_norm", q), self._norm("attn_k_norm", k)
         cosines, sines = self._network.rotation(self.index, x.shape[1])
         interleaved = shape.rotaries[self.index].interleaved
         q, k = (rotate(part, cosines, sines, interleaved=interleaved) for part in (q, k))
         seen = attend(q, k, v, scale=shape.attention_scale, window=shape.windows[self.index])
-        return self._product("attn_output", seen, tap)
+        (attended,) = yield from self._products(["attn_output"], seen, hidden, tap)
+        return attended
 
-    def _qkv(self, x: Tensor, tap: Tap | None) -> tuple[Tensor, ...]:
-        if self._name("attn_qkv.weight") not in self.weights:
-            return tuple(self._product(f"attn_{letter}", x, tap) for letter in "qkv")
-        shape = self._network.shape
-        heads = (shape.n_head, shape.n_head_kv, shape.n_head_kv)
-        return self._product("attn_qkv", x, tap).split([n * shape.head_dim for n in heads], -1)
-
-    def _feed_forward(self, x: Tensor, tap: Tap | None) -> Tensor:
-        up = self._product("ffn_up", x, tap)
+    def _feed_forward(self, x: Tensor, hidden: Tensor, tap: Tap | None) -> _Staged:
         if self._name("ffn_gate.weight") in self.weights:
-            gate = self._product("ffn_gate", x, tap)
+            up, gate = yield from self._products(["ffn_up", "ffn_gate"], x, hidden, tap)
         else:  # phi3: both in one tensor, the gate first
-            gate, up = up.chunk(2, -1)
+            (fused,) = yield from self._products(["ffn_up"], x, hidden, tap)
+            gate, up = fused.chunk(2, -1)
         silu = self._network.shape.activation == "silu"
         gated = functional.silu(gate) if silu else functional.gelu(gate, approximate="tanh")
-        return self._product("ffn_down", gated * up, tap)
+        (fed,) = yield from self._products(["ffn_down"], gated * up, hidden, tap)
+        return fed
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

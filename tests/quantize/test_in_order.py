@@ -14,9 +14,9 @@ from quantize.gguf_files.parts import Parts
 from quantize.gguf_files.types import quantize_rows
 from quantize.mixes import in_order
 from quantize.mixes.in_order import InOrder
-from quantize.network.drift import Drift, Pair, products, watch
+from quantize.network.drift import Drift, Group, side_by_side
 from quantize.network.hessian import Hessians, input_of
-from quantize.network.network import EMBEDDING, Layer, Network
+from quantize.network.network import EMBEDDING, Network
 from quantize.network.stream import forward
 from quantize.rounding.matrix import round_matrix
 from tests.quantize import tiny_decoders
@@ -30,47 +30,50 @@ def opened(tmp_path: Path, variant: str, **changes) -> Network:
 
 
 @pytest.mark.parametrize("variant", tiny_decoders.VARIANTS)
-def test_products_are_grouped_by_their_input_in_the_order_of_computing(variant, tmp_path):
+def test_a_layer_stops_before_the_products_of_each_input(variant, tmp_path):
     network = opened(tmp_path, variant)
     hidden = network.embed(torch.from_numpy(WINDOWS[:2]))
-    groups = products(network.layer(1), hidden)
+    *stages, end = network.layer(1).stages(hidden)
     fused = "attn_qkv.weight" in str(network.matrices)
-    parts = [{name.split(".")[2] for name in group} for group in groups]
     first = {"attn_qkv"} if fused else {"attn_q", "attn_k", "attn_v"}
     middle = {"ffn_up"} if fused else {"ffn_gate", "ffn_up"}
+    parts = [{name.split(".")[2] for name in stage.names} for stage in stages]
     assert parts == [first, {"attn_output"}, middle, {"ffn_down"}]
-    assert [input_of(group[0]) for group in groups] == [group[0] for group in groups]
+    assert [input_of(stage.names[0]) for stage in stages] == [stage.names[0] for stage in stages]
+    assert not end.names
+    assert torch.equal(end.hidden, network.layer(1)(hidden))
+
+
+def test_a_layer_goes_on_with_the_weights_that_it_has_then(tmp_path):
+    network = opened(tmp_path, "qwen2")
+    hidden = network.embed(torch.from_numpy(WINDOWS[:2]))
+    layer, name = network.layer(0), "blk.0.ffn_down.weight"
+    seen = []
+    for stage in layer.stages(hidden):
+        seen.append(stage.hidden)
+        if name in stage.names:
+            layer.weights[name] = torch.zeros_like(layer.weights[name])
+    *_, before, end = seen
+    assert torch.equal(end, before + layer.weights.get("blk.0.ffn_down.bias", torch.zeros(())))
 
 
 @pytest.mark.parametrize("variant", ["qwen2", "gemma3"])
-def test_streams_are_the_hidden_states_after_what_is_added(variant, tmp_path):
+def test_what_is_computed_alike_needs_no_correction(variant, tmp_path):
     network = opened(tmp_path, variant)
-    hidden = network.embed(torch.from_numpy(WINDOWS[:3]))
-    layer = network.layer(0)
-    seen = watch(layer, hidden, [group[0] for group in products(layer, hidden)])
-    if variant == "gemma3":  # a norm comes between
-        assert not seen.streams
-    else:
-        assert list(seen.streams) == ["blk.0.attn_output.weight", "blk.0.ffn_down.weight"]
-        torch.testing.assert_close(seen.streams["blk.0.ffn_down.weight"] + _bias(layer), layer(hidden))
-
-
-def _bias(layer: Layer) -> torch.Tensor:
-    found = layer.weights.get("blk.0.ffn_down.bias")
-    return torch.zeros(()) if found is None else found
-
-
-def test_what_is_computed_alike_needs_no_correction(tmp_path):
-    network = opened(tmp_path, "qwen2")
-    hidden = network.embed(torch.from_numpy(WINDOWS))
-    pair = Pair.of(network.layer(0), network.layer(0), hidden, hidden.clone())
-    for group in pair.groups:
-        drift = pair.drift(group)
+    before = network.embed(torch.from_numpy(WINDOWS))
+    hidden, made = before.clone(), before.clone()
+    added = []
+    for group in side_by_side(network.layer(0), network.layer(0), hidden, made):
+        drift = group.drift()
         change, missing = drift.correction()
         assert drift.n_tokens == WINDOWS.size
         assert float(change.abs().max()) == 0
         assert missing is None or float(missing.abs().max()) == 0
-    assert [pair.drift(group).missing is None for group in pair.groups] == [True, False, True, False]
+        added.append(missing is not None)
+    # in gemma3 a norm comes between
+    assert added == ([False, True, False, True] if variant == "qwen2" else [False] * 4)
+    assert torch.equal(hidden, network.layer(0)(before))
+    assert torch.equal(hidden, made)
 
 
 def test_correction_is_least_squares_with_a_ridge():
@@ -166,10 +169,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(finished, tmp_path, mo
         job.run(WINDOWS)
     assert (job.folder / "streams.safetensors").exists()
     drifts = []
-    drift = Pair.drift
-    monkeypatch.setattr(Pair, "drift", lambda self, group: drifts.append(group) or drift(self, group))
+    drift = Group.drift
+    monkeypatch.setattr(Group, "drift", lambda self: drifts.append(self.names) or drift(self))
     dataclasses.replace(job, progress=lambda *_: None).run(WINDOWS)
-    assert {name.split(".")[1] for group in drifts for name in group} == {
+    assert {name.split(".")[1] for names in drifts for name in names} == {
         str(layer) for layer in range(2, network.shape.n_layer)
     }
     assert bytes_of(job) == bytes_of(whole)
