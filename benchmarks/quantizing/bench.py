@@ -19,7 +19,7 @@ from quantize.calibration.imatrix import ImportanceMatrix
 from quantize.gguf_files.child import quantize
 from quantize.gguf_files.mixed_file import ImportanceNote, MixedSource, Parts, write_mixed
 from quantize.gguf_files.types import Order
-from quantize.measure import passages
+from quantize.measure import Passage, passages
 from quantize.mixes.candidates import TYPES, Candidates
 from quantize.mixes.encoding import Nearest
 from quantize.mixes.workshop import WINDOW, Workshop
@@ -34,9 +34,14 @@ Rounding = Literal["nearest", "best", "in order"]
 
 @dataclass(frozen=True)
 class Bench:
-    """A run's folder, and a folder for what is made here."""
+    """A run's folder, and a folder for what is made here.
+
+    `calibrated`: a folder with another calibration.jsonl and the imatrix.gguf collected on it, by which
+    tensors are rounded instead of the run's.
+    """
 
     yard: Yard
+    calibrated: Path | None = None
 
     @cached_property
     def source(self) -> MixedSource:
@@ -55,8 +60,18 @@ class Bench:
 
     @property
     def matrix(self) -> Path:
-        """The run's importance matrix."""
-        return self.yard.run / "imatrix.gguf"
+        """The importance matrix, the run's own by default."""
+        return (self.calibrated or self.yard.run) / "imatrix.gguf"
+
+    @property
+    def text(self) -> Path:
+        """The calibration text, the run's own by default."""
+        return (self.calibrated or self.yard.run / "work") / "calibration.jsonl"
+
+    @property
+    def folder(self) -> Path:
+        """For what is made of that text."""
+        return self.calibrated or self.yard.out
 
     @cached_property
     def candidates(self) -> Candidates:
@@ -65,12 +80,11 @@ class Bench:
 
     @cached_property
     def hessians(self) -> Hessians:
-        """Collected over the run's calibration text, where that is not done yet."""
-        text = self.yard.run / "work" / "calibration.jsonl"
-        folder = self.yard.out / "hessians"
+        """Collected over the calibration text, where that is not done yet."""
+        folder = self.folder / "hessians"
         folder.mkdir(parents=True, exist_ok=True)
-        found = Hessians(folder, f"{digest(text)} {WINDOW}")
-        tokens = [conversation.tokens for conversation in read(text)]
+        found = Hessians(folder, f"{digest(self.text)} {WINDOW}")
+        tokens = [conversation.tokens for conversation in read(self.text)]
         windows = cut(tokens, WINDOW)
         self.yard.say("collecting Hessians")
         forward(Network.open(self.yard.source), windows, hessians=found)
@@ -99,13 +113,14 @@ class Bench:
     def measure(self, name: str, types: Mapping[str, str], rounding: Rounding) -> Measured:
         """Write the file, measure it, remove it."""
         named = f"{name}, {rounding}"
-        identity = hashlib.sha256(json.dumps([named, dict(types)]).encode()).hexdigest()[:12]
+        by = [] if self.calibrated is None else [digest(self.text)]
+        identity = hashlib.sha256(json.dumps([named, dict(types), *by]).encode()).hexdigest()[:12]
         return self.yard.once(f"{named} {identity}", lambda out: self.write(out, types, rounding))
 
     def write(self, out: Path, types: Mapping[str, str], rounding: Rounding) -> None:
         """A file of these types; tensors rounded on their own are kept for other files."""
         if rounding == "nearest":
-            parts = Parts(self.yard.out / "nearest")
+            parts = Parts(self.folder / "nearest")
             parts.folder.mkdir(parents=True, exist_ok=True)
             key = digest(self.matrix)
             encode = Nearest(self.candidates)
@@ -116,7 +131,7 @@ class Bench:
             return
         self.workshop.alone(out, types, "rounding")
         if rounding == "in order" and not self.workshop.in_order(out, types, "rounding in order"):
-            raise SystemExit(f"{self.yard.run} has too little calibration text to round layers in order")
+            raise SystemExit(f"{self.text} is too short to round layers in order")
 
     @property
     def note(self) -> ImportanceNote:
@@ -126,10 +141,13 @@ class Bench:
     @cached_property
     def workshop(self) -> Workshop:
         """As the run's own."""
-        texts = self.yard.run / "work" / "calibration.jsonl"
         return Workshop(
-            source=self.source, folder=self.yard.out, texts=texts,
-            passages=lambda: passages(read(texts), "assistant"), candidates=self.candidates,
-            hessians=self.hessians, lattices={}, note=self.note, key=digest(self.matrix),
-            backend=self.yard.backend, progress=lambda *_: None,
+            source=self.source, folder=self.folder, texts=self.text, passages=self._passages,
+            candidates=self.candidates, hessians=self.hessians, lattices={}, note=self.note,
+            key=digest(self.matrix), backend=self.yard.backend, progress=lambda *_: None,
         )  # fmt: skip
+
+    def _passages(self) -> list[Passage]:
+        """What files are chosen by: what the model wrote itself, else the text."""
+        found = read(self.text)
+        return passages(found, "assistant") or passages(found, "text")

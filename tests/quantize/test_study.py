@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quantizing import study
+from quantize.calibration.conversation import read
 from quantize.mixes.budget import parse_sizes
 from quantize.pipeline import run
 
@@ -36,6 +37,31 @@ def test_ablation_has_both_types_rounded_in_three_ways(finished, tmp_path, monke
     ours = next(kind for kind in types if kind.startswith("ours"))
     assert found[ours, "best"] < found[ours, "nearest"]
     assert (tmp_path / "ablation.md").read_text("utf-8").startswith("| types |")
+
+
+def test_calibration_has_three_texts_and_tells_them_apart(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "RECIPES", ("Q4_0",))
+    text = tmp_path / "words.txt"
+    text.write_text(" ".join(f"once upon a time {n} little mice sang to the moon." for n in range(400)))
+    asking = ["calibration", str(finished), "--out", str(tmp_path), "--threads", "1", "--text", str(text)]
+    assert study.main(asking) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert [row[2] for row in rows] == ["its own", "nearest", "best", "in order"] * 3
+    assert [row[0] for row in rows] == [
+        name for name in ("its own text", "words.txt", "random tokens") for _ in "1234"
+    ]
+    assert len({tuple(row[4:]) for row in rows}) > 9
+    (drawn,) = tmp_path.glob("*/random/calibration.jsonl")
+    own = [len(each.tokens) for each in read(finished / "work" / "calibration.jsonl")]
+    assert [len(each.tokens) for each in read(drawn)] == own
+    assert study.main(asking) == 0
+    assert rows_of(capsys.readouterr().out) == rows
+
+
+def test_calibration_without_a_text_is_refused(finished, capsys):
+    with pytest.raises(SystemExit):
+        study.main(["calibration", str(finished)])
+    assert "--text is None; give the plain text" in capsys.readouterr().err
 
 
 def test_rank_has_what_was_predicted_beside_what_was_measured(finished, tmp_path, monkeypatch, capsys):
