@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rag.embed import Embedder
 from rag.ingest import index
-from rag.retrieve import Candidate, candidates, rank
+from rag.retrieve import POOL, Candidate, candidates, rank
 from rag.store import FILE_NAME, Database
 from rag.vectors import VectorIndex
 
@@ -26,7 +26,7 @@ Ranking = Callable[[Sequence[Candidate]], list[int]]
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     arguments.add_argument("data", type=Path, help="folder with corpus.jsonl, queries.jsonl, qrels.tsv")
     arguments.add_argument("embedder", type=Path, help="sentence-transformers folder")
     options = arguments.parse_args()
@@ -60,7 +60,7 @@ def evaluate(data: Path, collection: Path, embedder: Embedder) -> None:
     embedded = embedder.queries([query["text"] for query in queries])
     started = time.perf_counter()
     found = [
-        candidates(query["text"], vector, database=database, index=vectors, settings=settings, k=10)
+        candidates(query["text"], vector, database=database, index=vectors, settings=settings, pool=POOL)
         for query, vector in zip(queries, embedded, strict=True)
     ]
     print(f"{1000 * (time.perf_counter() - started) / len(queries):.1f} ms a query without its embedding")
