@@ -47,12 +47,17 @@ class BudgetTooSmall(QuantizeError):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One type for one tensor: bytes with the padding that the file puts after it, predicted nats a token."""
+    """One type for one tensor: bytes with the padding that the file puts after it, predicted nats a token.
+
+    `cost` is the rounded weights', which other tensors' errors may add to or cancel; `inputs` is what the
+    kernels add that round the product's inputs, chance that nothing cancels.
+    """
 
     type: str
     size_bytes: int
     cost: float
     milliseconds: float = 0.0
+    inputs: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,17 +178,18 @@ class _Table:
         shape = len(tensors), max(map(len, fronts))
         columns = np.zeros(shape, int)
         sizes = np.full(shape, mixing.NO_BYTES)
-        costs, milliseconds = np.full(shape, np.inf), np.zeros(shape)
+        costs, inputs, milliseconds = np.full(shape, np.inf), np.zeros(shape), np.zeros(shape)
         for row, (tensor, kept) in enumerate(zip(tensors, fronts, strict=True)):
             columns[row, : len(kept)] = kept
             for column, index in enumerate(kept):
                 choice = tensor.choices[index]
                 sizes[row, column], costs[row, column] = choice.size_bytes, choice.cost
-                milliseconds[row, column] = choice.milliseconds
+                inputs[row, column], milliseconds[row, column] = choice.inputs, choice.milliseconds
         crossed = np.zeros((*shape, 0))
         if interactions is not None:
             picked = interactions.projections[:, np.arange(shape[0])[:, None], columns]
             crossed = vectors(replace(interactions, projections=picked), costs)
+        costs = costs + inputs
         problem = Problem(sizes, costs + weight * milliseconds, crossed)
         return cls(tensors, columns, problem, costs, milliseconds)
 
@@ -198,7 +204,7 @@ class _Table:
 
 
 def _worth(choice: Choice, weight: float) -> float:
-    return choice.cost + weight * choice.milliseconds
+    return choice.cost + choice.inputs + weight * choice.milliseconds
 
 
 def _candidates(problem: Problem, budget: int, start: Relaxed, *, together: bool) -> list[np.ndarray]:
@@ -258,7 +264,8 @@ def _check_tensor(tensor: Tensor) -> None:
     for choice in tensor.choices:
         if choice.size_bytes <= 0:
             raise InvalidChoices(f"tensor {tensor.name} as {choice.type} has {choice.size_bytes} bytes")
-        for what, value in (("cost", choice.cost), ("milliseconds", choice.milliseconds)):
+        for what in ("cost", "milliseconds", "inputs"):
+            value = getattr(choice, what)
             if not (np.isfinite(value) and value >= 0):
                 raise InvalidChoices(
                     f"tensor {tensor.name} as {choice.type}: {what} is {value}; give a number, 0 or more"

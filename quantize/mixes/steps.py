@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from engine.llama import gpu_name
 from models.gguf import read_header
 from quantize.calibration.conversation import read
 from quantize.calibration.imatrix import ImportanceMatrix
+from quantize.gguf_files.header import padded
 from quantize.gguf_files.mixed_file import (
     ImportanceNote,
     MixedSource,
@@ -44,7 +46,9 @@ from quantize.steps import Facts, Step, write_text
 
 SAMPLING = Sampling(n_draws=2)
 #: Changes when the same inputs come to other sensitivities.
-MEASURING = 1
+MEASURING = 2
+#: Types of full precision that are half as large as float32.
+HALVES = "F16", "BF16"
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -156,6 +160,16 @@ class Mixes:
         return MixedSource.open(self.request.source)
 
     @cached_property
+    def _choices(self) -> dict[str, dict[str, int]]:
+        """Tensor -> type -> bytes: TYPES, and its own type where that has 16 bits, which leaves a tensor as
+        it is, and what is multiplied with it almost so."""
+        found = self._source.choices(TYPES)
+        for tensor in self._source.quantizable:
+            if tensor.type.name in HALVES:
+                found[tensor.name][tensor.type.name] = padded(tensor.size_bytes, self._source.alignment)
+        return found
+
+    @cached_property
     def _note(self) -> ImportanceNote:
         matrix = ImportanceMatrix.read(self.request.matrix)
         return ImportanceNote(self.request.matrix.name, len(matrix.entries), None, matrix.n_chunks)
@@ -212,11 +226,8 @@ class Mixes:
 
     def _plan(self, budget: Budget) -> Facts:
         found = Sensitivities.load(self.sensitivity_file)
-        choices = self._source.choices(TYPES)
-        tensors = self._tensors(found, choices)
-        if budget == FIT:
-            budget = fit(self.request.source)
-        left = room(budget, self._source, choices, self._note).tensor_bytes
+        tensors = self._tensors(found)
+        left = self._room(budget)
         weight = speed_weight(tensors, left, self.request.objective)
         allocation = allocate(tensors, left, interactions=_interactions(found, tensors), weight=weight)
         mixes = [allocation.best, *allocation.runners_up]
@@ -235,17 +246,28 @@ class Mixes:
             ],
         }
 
-    def _tensors(self, found: Sensitivities, choices: Mapping[str, Mapping[str, int]]) -> list[Tensor]:
+    def _room(self, budget: Budget) -> int:
+        """Bytes for all tensors. What fits in memory is no wish for more than 8 bits: twice the bytes take
+        twice the time, for next to nothing."""
+        if budget != FIT:
+            return room(budget, self._source, self._choices, self._note).tensor_bytes
+        left = room(fit(self.request.source), self._source, self._choices, self._note).tensor_bytes
+        return min(left, sum(sizes["Q8_0"] for sizes in self._choices.values()))
+
+    def _tensors(self, found: Sensitivities) -> list[Tensor]:
         """Every tensor with what each of its types takes: bytes, divergence and, where they count, time."""
         costs, times, header = found.shrunk(), self._times(), read_header(self.request.source)
         gains = json.loads(self._gain_file.read_text("utf-8"))
+        on_cpu = self.request.backend.n_gpu_layers == 0 or gpu_name() is None
         result = []
         for tensor in self._source.quantizable:
             row, listed = found.names.index(tensor.name), []
-            for kind, size in choices[tensor.name].items():
-                ms = times.milliseconds(header, tensor, kind) if times else 0.0
-                cost = float(costs[row, found.types.index(kind)]) * factor(gains, tensor.name, kind)
-                listed.append(Choice(kind, size, cost, ms))
+            for kind, size in self._choices[tensor.name].items():
+                ms, cost = times.milliseconds(header, tensor, kind) if times else 0.0, 0.0
+                if kind != tensor.type.name:
+                    cost = float(costs[row, found.types.index(kind)]) * factor(gains, tensor.name, kind)
+                inputs = found.of_inputs(tensor.name, kind) if on_cpu else 0.0
+                listed.append(Choice(kind, size, cost, ms, inputs))
             result.append(Tensor(tensor.name, tuple(listed)))
         return result
 
@@ -254,10 +276,10 @@ class Mixes:
         if self.request.objective == "size":
             return None
         header = read_header(self.request.source)
-        kinds = {kind for each in self._source.choices(TYPES).values() for kind in each}
+        kinds = dict.fromkeys(kind for each in self._choices.values() for kind in each)
         self.request.progress("timing the types on this machine", 0, None)
         return kernel_times(
-            Shape.like(header), [kind for kind in TYPES if kind in kinds], Nearest(Candidates({})),
+            Shape.like(header), [*kinds], Nearest(Candidates({})),
             store=self.request.times, backend=self.request.backend,
         )  # fmt: skip
 
@@ -339,6 +361,8 @@ def _interactions(found: Sensitivities, tensors: Sequence[Tensor]) -> Interactio
     widest = max(len(tensor.choices) for tensor in tensors)
     ordered = np.zeros((found.n_samples, len(tensors), widest), np.float32)
     for row, tensor in enumerate(tensors):
-        columns = [found.types.index(choice.type) for choice in tensor.choices]
-        ordered[:, row, : len(columns)] = found.projections[:, found.names.index(tensor.name), columns]
+        for place, choice in enumerate(tensor.choices):
+            if choice.type in found.types:  # what stays as it is adds nothing
+                measured = found.names.index(tensor.name), found.types.index(choice.type)
+                ordered[:, row, place] = found.projections[:, *measured]
     return Interactions(ordered, found.n_scored)

@@ -18,6 +18,7 @@ from quantize.network.hessian import Hessians, input_of
 from quantize.network.network import EMBEDDING, Network
 from quantize.network.stream import LayerInputs, Progress, blocks, digest_of, forward, inputs_for
 from quantize.sensitivity.head_gradient import HeadGradient
+from quantize.sensitivity.inputs import project_inputs
 from quantize.sensitivity.projection import Errors, RoundingErrors, traced_rows
 from quantize.sensitivity.record import Sensitivities
 from quantize.sensitivity.tally import Sums, Tally
@@ -165,6 +166,7 @@ class Backward:
             sums.kronecker += (per_row * (expected.cpu() / normed[..., 0].numel())).sum(1) / 2
             sums.squares += made.squares(None).sum(1)
         if sums.types:
+            sums.add_inputs(slice(None), project_inputs(by_normed[0], normed))
             self.tally.entries[name] = sums.entry()
         if self.network.is_tied:
             self.tally.touched = np.concatenate(touched, 1)
@@ -190,6 +192,8 @@ class Backward:
                     if name in made:
                         found[name].add(draw, part, made[name].project(delta, inputs))
                         squares[name] += delta.square().sum((0, 1)).cpu().double()
+                    if name in made and not draw:  # one is enough for so few numbers
+                        found[name].add_inputs(part, project_inputs(delta @ layer.weights[name], inputs))
                 # only now: where nothing follows a product, its delta is this very memory
                 self.tally.gradient[draw, part] = by_hidden
         n_all, n_tokens = n_draws * self.windows.size, self.windows.shape[1]

@@ -15,9 +15,10 @@ import numpy as np
 
 from models.atomic import whole
 from quantize.errors import QuantizeError
+from quantize.sensitivity.inputs import BLOCKS, input_block
 from quantize.sensitivity.shrink import shrunk
 
-_ARRAYS = ("projections", "traces", "kronecker", "squares")
+_ARRAYS = ("projections", "traces", "kronecker", "squares", "inputs")
 
 
 class UnknownChoice(QuantizeError):
@@ -44,6 +45,7 @@ class Sensitivities:
     rows. `kronecker`: the same with every row weighed by its mean square gradient, in nats a token: what
     the divergence would be if inputs and gradients were independent. `squares`: the sum of D^2. Of a tied
     embedding `traces` are the head's alone; of an untied one all sums are over the rows that occurred.
+    `inputs` (tensors, BLOCKS): nats a token that it costs to round what a tensor is multiplied with.
     """
 
     key: str
@@ -55,6 +57,7 @@ class Sensitivities:
     traces: np.ndarray
     kronecker: np.ndarray
     squares: np.ndarray
+    inputs: np.ndarray
 
     @property
     def n_samples(self) -> int:
@@ -73,6 +76,11 @@ class Sensitivities:
     def shrunk(self) -> np.ndarray:
         """(tensors, types): `raw` pulled towards what the tensor's other types and like tensors say."""
         return shrunk(self.names, self._divergences().mean(1), self.kronecker)
+
+    def of_inputs(self, name: str, kind: str) -> float:
+        """Nats a token that a tensor's type costs by how CPU kernels round what it is multiplied with."""
+        block = input_block(kind)
+        return 0.0 if block is None else float(self.inputs[self.names.index(name), BLOCKS.index(block)])
 
     def predict(self, choice: Mapping[str, str], costs: np.ndarray | None = None) -> float:
         """Divergence of a mix, tensor -> type, its tensors' costs summed; `costs`: raw ones if None.

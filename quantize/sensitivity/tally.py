@@ -13,21 +13,25 @@ import torch
 from torch import Tensor
 
 from models.atomic import whole
+from quantize.sensitivity.inputs import BLOCKS
 from quantize.sensitivity.projection import BadRounding, RoundingErrors
 from quantize.sensitivity.record import Sensitivities
 
-_FIELDS = ("types", "projections", "traces", "kronecker", "squares")
+_SUMS = "traces", "kronecker", "squares"
+_FIELDS = ("types", "projections", *_SUMS, "inputs")
 
 
 @dataclass(slots=True)
 class Entry:
-    """One tensor's measurements: `projections` (draws, windows, types), the others (types,)."""
+    """One tensor's measurements: `projections` (draws, windows, types), `inputs` (windows, BLOCKS), the
+    others (types,)."""
 
     types: np.ndarray
     projections: np.ndarray
     traces: np.ndarray
     kronecker: np.ndarray
     squares: np.ndarray
+    inputs: np.ndarray
 
 
 @dataclass(slots=True)
@@ -88,7 +92,8 @@ class Tally:
         types = tuple(dict.fromkeys(str(kind) for name in known for kind in self.entries[name].types))
         n_draws, n_windows = self.gradient.shape[:2]
         projections = np.full((n_windows * n_draws, len(known), len(types)), np.nan, np.float32)
-        sums = {field: np.full((len(known), len(types)), np.nan) for field in _FIELDS[2:]}
+        sums = {field: np.full((len(known), len(types)), np.nan) for field in _SUMS}
+        inputs = np.stack([np.square(self.entries[name].inputs).mean(0) for name in known]) / (2 * n_scored)
         for row, name in enumerate(known):
             entry = self.entries[name]
             columns = [types.index(str(kind)) for kind in entry.types]
@@ -96,7 +101,7 @@ class Tally:
             projections[:, row, columns] = by_window
             for field_name, values in sums.items():
                 values[row, columns] = getattr(entry, field_name)
-        return Sensitivities(self.key, known, types, n_scored, n_draws, projections, **sums)
+        return Sensitivities(self.key, known, types, n_scored, n_draws, projections, **sums, inputs=inputs)
 
 
 class Sums:
@@ -111,6 +116,7 @@ class Sums:
         if self.types is None:
             self.types = made.types
             self.projections = torch.zeros(*self._shape, len(made.types)).double()
+            self.inputs = torch.zeros(self._shape[1], len(BLOCKS)).double()
             self.traces, self.kronecker, self.squares = torch.zeros(3, len(made.types)).double().unbind()
         elif self.types != made.types:
             raise BadRounding(
@@ -121,10 +127,14 @@ class Sums:
         """Add (windows, types) of some windows."""
         self.projections[draw, part] += projections.cpu().double()
 
+    def add_inputs(self, part: slice, projections: Tensor) -> None:
+        """Add (windows, blocks) of some windows, of one draw."""
+        self.inputs[part] += projections.cpu().double()
+
     def entry(self) -> Entry:
         """What was added up."""
         return Entry(
             np.array(self.types),
             self.projections.float().numpy(),
-            *(sums.numpy() for sums in (self.traces, self.kronecker, self.squares)),
+            *(sums.numpy() for sums in (self.traces, self.kronecker, self.squares, self.inputs)),
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gguf
 import pytest
+from safetensors.torch import load_file, save_file
 
 from models.store import Store
 from quantize.errors import QuantizeError
@@ -15,7 +16,7 @@ from quantize.gguf_files import mixed_file
 from quantize.measure import Backend
 from quantize.mixes import steps
 from quantize.mixes.allocate import Mix
-from quantize.mixes.budget import Budget, InvalidBudget, parse_bits_per_weight, parse_sizes
+from quantize.mixes.budget import FIT, Budget, InvalidBudget, parse_bits_per_weight, parse_sizes
 from quantize.mixes.workshop import Workshop
 from quantize.pipeline import run
 from quantize.settings import NeedsCalibration
@@ -140,6 +141,27 @@ def test_budget_larger_than_everything_is_the_largest_type(copy, wanted):
     run(dataclasses.replace(wanted, out=copy, budgets=(Budget("1GB", file_bytes=10**9),)))
     mix = json.loads((copy / "work" / "mix-1GB.json").read_text("utf-8"))["types"]
     assert set(mix.values()) == {"Q8_0"}
+
+
+def test_tensors_of_16_bits_may_stay_as_they_are_but_not_because_memory_is_large(wanted, tmp_path):
+    folder = Path(shutil.copytree(wanted.source.path, tmp_path / "half"))
+    file = folder / "model.safetensors"
+    save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file)
+    source = find(str(folder), store=Store(tmp_path / "store"))
+    budgets = (*parse_sizes("6.2MB,1GB"), FIT)
+    run(dataclasses.replace(wanted, source=source, out=tmp_path / "out", budgets=budgets))
+    found = {}
+    for budget in budgets:
+        mix = json.loads((tmp_path / "out" / "work" / f"mix-{budget.label}.json").read_text("utf-8"))["types"]
+        (path,) = (tmp_path / "out").glob(f"*-{budget.label}.gguf")
+        held = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        assert {name: held[name].tensor_type.name for name in mix} == mix
+        found[budget.label] = set(mix.values())
+    assert {"BF16", "Q8_0"} <= found["6.2MB"]
+    assert found["1GB"] == {"BF16"}
+    assert "Q8_0" in found["fit"]
+    sizes = [(held[name].n_bytes, held[name].n_elements * 34 // 32) for name in mix]
+    assert 0.8 < sum(ours for ours, _ in sizes) / sum(eight_bits for _, eight_bits in sizes) <= 1
 
 
 def test_processes_side_by_side_make_the_same_files(finished, wanted, tmp_path, monkeypatch):

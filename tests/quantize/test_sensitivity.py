@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from quantize.gguf_files.types import dequantize_rows, quantize_rows
+from quantize.network import network as network_module
 from quantize.network import stream
 from quantize.network.hessian import Hessians
 from quantize.network.network import EMBEDDING, Network
+from quantize.sensitivity import inputs
 from quantize.sensitivity.backward import NothingScored, Sampling, measure_sensitivities
 from quantize.sensitivity.head_gradient import HeadGradient
 from quantize.sensitivity.projection import BadRounding
@@ -285,3 +288,54 @@ def test_file_that_is_none_is_refused(content, tmp_path):
     (tmp_path / "odd.npz").write_bytes(content)
     with pytest.raises(InvalidSensitivities, match=r"odd\.npz holds no sensitivities"):
         Sensitivities.load(tmp_path / "odd.npz")
+
+
+@pytest.mark.parametrize("variant", ["llama, tied, with factors and biases", "phi3"])
+def test_what_rounding_inputs_costs_is_by_the_gradients_inner_product_with_it(variant, tmp_path, monkeypatch):
+    network = opened(tmp_path, variant)
+    made, linear = measured(network, tmp_path), torch.nn.functional.linear
+    true_inputs = {}
+    for name in made.names:
+        if name in (EMBEDDING, network.head_name):
+            continue
+        weight, outputs = network.weight(name), []
+        network.replaced[name] = weight
+        for step in (1e-4, -1e-4):
+
+            def nudged(x, w, bias=None, *, weight=weight, step=step):
+                return linear(x + step * (inputs.rounded(x, 32) - x) if w is weight else x, w, bias)
+
+            monkeypatch.setattr(network_module.functional, "linear", nudged)
+            outputs.append(products(network))
+        monkeypatch.undo()
+        network.replaced = {}
+        true_inputs[name] = (outputs[0] - outputs[1]) / 2e-4
+    normed = network.norm(network.forward(torch.from_numpy(WINDOWS)))[:, SAMPLING.skip :].detach()
+    head = network.weight(network.head_name)
+    true_inputs[network.head_name] = (inputs.rounded(normed, 32) - normed) @ head.T
+    draw = noise(network)[0]
+    for name, slope in true_inputs.items():
+        projections = (draw * slope).sum((1, 2))
+        n_scored = WINDOWS.shape[1] - SAMPLING.skip
+        assert made.of_inputs(name, "Q5_1") == pytest.approx(
+            float(projections.square().mean()) / (2 * n_scored), rel=1e-3
+        )
+        assert made.of_inputs(name, "F16") == 0
+    assert network.is_tied or made.of_inputs(EMBEDDING, "Q5_1") == 0
+
+
+def test_inputs_are_rounded_as_ggml_rounds_them():
+    x = np.random.default_rng(0).normal(size=(7, 512)).astype(np.float32) ** 3
+    x[0] = 0
+    found = inputs.rounded(torch.from_numpy(x), 32).numpy()
+    ggml = dequantize_rows("Q8_0", quantize_rows("Q8_0", x, None), 512)
+    np.testing.assert_allclose(found, ggml, rtol=1e-3, atol=np.abs(x).max() / 127 * 1e-3)
+    coarse = inputs.rounded(torch.from_numpy(x), 256).numpy()
+    assert np.square(coarse - x).sum() > 2 * np.square(found - x).sum()
+    assert np.abs(coarse - x).max() <= np.abs(x).max() / 127 / 2 * 1.001
+
+
+def test_types_have_the_blocks_of_their_kernels():
+    assert {inputs.input_block(kind) for kind in ("Q4_0", "Q5_1", "Q8_0", "IQ4_NL")} == {32}
+    assert {inputs.input_block(kind) for kind in ("Q2_K", "Q6_K", "IQ4_XS", "IQ3_XXS")} == {256}
+    assert inputs.input_block("F16") is None

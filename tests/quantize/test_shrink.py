@@ -16,7 +16,16 @@ def drawn(truth: np.ndarray, expected: np.ndarray, *, n_windows: int, n_draws: i
     noise = hard * random.normal(size=(n_windows, n_draws, *truth.shape))
     projections = (np.sqrt(2 * 100 * truth) * noise).reshape(-1, *truth.shape)
     return Sensitivities(
-        "", NAMES, TYPES, 100, n_draws, projections.astype(np.float32), expected, expected, expected
+        "",
+        NAMES,
+        TYPES,
+        100,
+        n_draws,
+        projections.astype(np.float32),
+        expected,
+        expected,
+        expected,
+        inputs=np.zeros((len(NAMES), 2)),
     )
 
 
