@@ -18,7 +18,6 @@ import numpy as np
 from benchmarks.quantizing.__main__ import say
 from benchmarks.quantizing.bench import Bench, Rounding
 from benchmarks.quantizing.stock import Measured, Yard
-from models.gguf import read_header
 from quantize.calibration.conversation import Conversation, Journal, Span, read
 from quantize.calibration.importance import collect
 from quantize.calibration.texts import cut_text
@@ -117,7 +116,7 @@ def _from_file(bench: Bench, text: Path, own: Sequence[Conversation]) -> Bench:
 
 def _random(bench: Bench, own: Sequence[Conversation]) -> Bench:
     """Calibrated on as many sequences as the run's own text has, each as long, of random tokens."""
-    n_vocab = next(t.shape[1] for t in read_header(bench.yard.source).tensors if t.name == EMBEDDING)
+    n_vocab = next(tensor.shape[1] for tensor in bench.source.tensors if tensor.name == EMBEDDING)
     draw = np.random.default_rng(0)
 
     def write(out: Path) -> None:
@@ -134,6 +133,7 @@ def _calibrated(bench: Bench, name: str, write: Callable[[Path], None]) -> Bench
     found = Bench(bench.yard, bench.yard.out / name)
     if not found.matrix.exists():
         found.folder.mkdir(exist_ok=True)
+        found.text.unlink(missing_ok=True)  # begun by a run that was stopped
         write(found.text)
         bench.yard.say(f"collecting importance on {name}")
         texts, threads = [each.tokens for each in read(found.text)], bench.yard.backend.n_threads

@@ -185,7 +185,7 @@ class Mixes:
         note = ImportanceNote(self.request.matrix.name, 1, None, 1)
         for budget in budgets:
             asked = fit(self.request.source) if budget == FIT else budget
-            room(asked, self._source, self._source.choices(TYPES), note)
+            room(asked, self._source, self._choices, note)
         return {}
 
     @cached_property
@@ -201,7 +201,7 @@ class Mixes:
     def _sample(self) -> Facts:
         folder = self.request.folder / "gains" / self.gains.key[:16]
         encode = self._workshop.best(Losses(folder))
-        sampler = Sampler(self._source, self._source.choices(TYPES), encode, folder)
+        sampler = Sampler(self._source, self._choices, encode, folder)
         found = rounding_gains(
             sampler,
             n_processes=self._workshop.crew.n_processes,
@@ -249,10 +249,10 @@ class Mixes:
     def _room(self, budget: Budget) -> int:
         """Bytes for all tensors. What fits in memory is no wish for more than 8 bits: twice the bytes take
         twice the time, for next to nothing."""
-        if budget != FIT:
-            return room(budget, self._source, self._choices, self._note).tensor_bytes
-        left = room(fit(self.request.source), self._source, self._choices, self._note).tensor_bytes
-        return min(left, sum(sizes["Q8_0"] for sizes in self._choices.values()))
+        asked = fit(self.request.source) if budget == FIT else budget
+        left = room(asked, self._source, self._choices, self._note).tensor_bytes
+        eight_bits = sum(sizes["Q8_0"] for sizes in self._choices.values())
+        return min(left, eight_bits) if budget == FIT else left
 
     def _tensors(self, found: Sensitivities) -> list[Tensor]:
         """Every tensor with what each of its types takes: bytes, divergence and, where they count, time."""

@@ -189,10 +189,11 @@ class Backward:
                 gradient = self.tally.gradient[draw, part]
                 by_hidden, *deltas = torch.autograd.grad(out, wanted, gradient, retain_graph=more)
                 for (name, inputs, _), delta in zip(seen, deltas, strict=True):
-                    if name in made:
-                        found[name].add(draw, part, made[name].project(delta, inputs))
-                        squares[name] += delta.square().sum((0, 1)).cpu().double()
-                    if name in made and not draw:  # one is enough for so few numbers
+                    if name not in made:
+                        continue
+                    found[name].add(draw, part, made[name].project(delta, inputs))
+                    squares[name] += delta.square().sum((0, 1)).cpu().double()
+                    if draw == 0:  # one is enough for so few numbers
                         found[name].add_inputs(part, project_inputs(delta @ layer.weights[name], inputs))
                 # only now: where nothing follows a product, its delta is this very memory
                 self.tally.gradient[draw, part] = by_hidden

@@ -43,10 +43,8 @@ def random_tensors(
         for name in types:
             size = int(weights * BITS[name] / 8) // 32 * 32
             cost = scale * 4.0 ** -BITS[name] * draw.lognormal(0, 0.3)
-            ms, inputs = (
-                size * SLOW.get(str(name), 1.0) * 1e-5,
-                float(scale * COARSE.get(str(name), 1e-4)) * coarse,
-            )
+            ms = size * SLOW.get(str(name), 1.0) * 1e-5
+            inputs = float(scale * COARSE.get(str(name), 1e-4)) * coarse
             choices.append(Choice(str(name), size, float(cost), ms, inputs))
         tensors.append(Tensor(f"blk.{index}.weight", tuple(choices)))
     return tensors
