@@ -8,7 +8,7 @@ import ctypes
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -391,15 +391,16 @@ class Context(Handle):
         unified: bool = False,
         pooling: Pooling | None = None,
         wants_tensor: Callable[[Tensor], bool] | None = None,
-        on_tensor: Callable[[TensorView], None] | None = None,
+        on_tensor: Callable[[TensorView], bool] | None = None,
     ) -> "Context":
         """A context of `n_ctx` cells, cut evenly into one stream a sequence, or `unified` over all.
 
         In a stream a sequence's cells lie in order and nobody else's are looked at, so that what it
         computes does not depend on its neighbours; unified, prefixes are shared without a copy.
-        `on_tensor` sees each computed tensor that `wants_tensor` picked; what it raises comes out of
-        `decode`. `n_outputs_max` bounds the logits of one call (None: all tokens may have some).
-        `pooling` is how calls after `pool(True)` make one result of each sequence. Raises ModelLoadFailed.
+        `on_tensor` sees each computed tensor that `wants_tensor` picked and says whether to compute on
+        (False: nothing more, but for what lies on another device); what it raises comes out of `decode`.
+        `n_outputs_max` bounds the logits of one call (None: all tokens may have some). `pooling` is how
+        calls after `pool(True)` make one result of each sequence. Raises ModelLoadFailed.
         """
         _log.lines.clear()
         _log.flash_attention = None
@@ -607,10 +608,22 @@ def evaluate(
     (len(outputs), n_vocab): those after each position in `outputs`, which ascends; None: after every token.
     The output head is a fifth of a small model's work, so fewer outputs are faster.
     """
-    if len(tokens) > context.n_ctx_seq:
-        raise ValueError(f"{len(tokens)} tokens do not fit a context of {context.n_ctx_seq}")
     wanted = np.arange(len(tokens)) if outputs is None else np.asarray(outputs, np.int64)
     result = np.empty((len(wanted), context.model.n_vocab), np.float32)
+    for first, end in calls(context, tokens, wanted):
+        if end > first:
+            pointer = native.llama_get_logits(context.pointer)
+            result[first:end] = np.ctypeslib.as_array(pointer, shape=(end - first, context.model.n_vocab))
+    return result
+
+
+def calls(context: Context, tokens: Sequence[int], wanted: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Read one sequence from an empty KV memory, n_batch tokens a call, and leave the memory empty.
+
+    `wanted` (n,) are ascending positions; after each call [first, end) of them have logits in the context.
+    """
+    if len(tokens) > context.n_ctx_seq:
+        raise ValueError(f"{len(tokens)} tokens do not fit a context of {context.n_ctx_seq}")
     context.clear()
     for start in range(0, len(tokens), context.n_batch):
         chunk = tokens[start : start + context.n_batch]
@@ -619,17 +632,14 @@ def evaluate(
         context.batch.extend(chunk, start=start, sequence=0, output=False)
         context.batch.want(wanted[first:end] - start)
         context.decode()
-        if end > first:
-            pointer = native.llama_get_logits(context.pointer)
-            result[first:end] = np.ctypeslib.as_array(pointer, shape=(end - first, context.model.n_vocab))
+        yield first, end
     context.clear()
-    return result
 
 
 class _Watcher:
     """llama.cpp asks for every node of the graph (`ask`), then hands over those that were wanted."""
 
-    def __init__(self, wants: Callable[[Tensor], bool], seen: Callable[[TensorView], None]) -> None:
+    def __init__(self, wants: Callable[[Tensor], bool], seen: Callable[[TensorView], bool]) -> None:
         self._wants, self._seen = wants, seen
         self._error: BaseException | None = None
         self.callback = native.ggml_backend_sched_eval_callback(self._call)
@@ -639,10 +649,10 @@ class _Watcher:
             tensor = Tensor.from_address(address)
             if ask:
                 return self._error is None and self._wants(tensor)
-            self._seen(TensorView(tensor, _read_tensor))
+            return self._seen(TensorView(tensor, _read_tensor))
         except BaseException as error:  # it must not cross native frames; `raise_error` brings it back
             self._error = error
-        return self._error is None
+            return False
 
     def raise_error(self) -> None:
         """Raise what a callback raised during the last call."""

@@ -58,7 +58,7 @@ Tensor._fields_ = [
 
 
 class TensorView:
-    """One computed product `weight x input`, with its input's values copied to host memory."""
+    """One computed tensor, of a product `weight x input` its sources too; values are copied to the host."""
 
     def __init__(self, tensor: Tensor, read: Reader) -> None:
         self.tensor = tensor
@@ -80,8 +80,7 @@ class TensorView:
         """The second source as (batches, rows, n) float32."""
         source = self.tensor.source(1)
         assert source is not None
-        n, rows, *batches = source.shape
-        return self.values(source, np.float32).reshape(batches[0] * batches[1], rows, n)
+        return self.matrices(source)
 
     @property
     def experts(self) -> np.ndarray:
@@ -90,6 +89,11 @@ class TensorView:
         assert source is not None
         n, rows, *_ = source.shape
         return self.values(source, np.int32).reshape(rows, n)
+
+    def matrices(self, tensor: Tensor) -> np.ndarray:
+        """A tensor as (batches, rows, n) float32."""
+        n, rows, *batches = tensor.shape
+        return self.values(tensor, np.float32).reshape(batches[0] * batches[1], rows, n)
 
     def values(self, tensor: Tensor, kind: type[np.generic]) -> np.ndarray:
         """All values of a tensor of four-byte elements, contiguous, slowest dimension first."""

@@ -15,11 +15,12 @@ SmolLM2-135M, all else Q8_0, embedding as IQ4_NL: mean KLD .085 without an entry
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import numpy as np
 
-from engine.llama import Context, Model, evaluate
+from engine.llama import Context, Model, calls
 from engine.tensor import OP_MUL_MAT, OP_MUL_MAT_ID, TYPE_F32, Tensor, TensorView
 from models.gguf import read_header
 from quantize.calibration.imatrix import Entry, ImportanceMatrix
@@ -39,74 +40,128 @@ class NotFinite(QuantizeError):
         )
 
 
+class Inputs(NamedTuple):
+    """What a product's inputs add to its weight's entry."""
+
+    sums: np.ndarray  # (matrices, n) of squares
+    counts: np.ndarray  # (matrices,) of rows
+
+
+class _Product(NamedTuple):
+    name: str
+    input_name: bytes
+    has_own_input: bool  # one matrix, which no other product's input meets
+
+
 class Collector:
-    """Sums of squares and counts, per weight; `wants` and `see` are the engine's two callbacks."""
+    """Sums of squares and counts, per weight; `wants` and `see` are the engine's two callbacks.
+
+    What a pass over a batch need not compute is left out: products that share an input (q, k and v; gate and
+    up) are looked at once; and of the last product, the output head, a fifth of a small model's work, only
+    the input is needed: the first batch shows its name, and later ones end there.
+    """
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = frozenset(names)
         self.sums: dict[str, np.ndarray] = {}
         self.counts: dict[str, np.ndarray] = {}
-        self.error: Exception | None = None
+        self._seen: tuple[tuple[int | None, ...], Inputs] | None = None  # the latest, and whose they are
+        self._nodes: Counter[bytes] | None = Counter()  # names in the first batch; None: it is over
+        self._last: _Product | None = None  # whose input ends a batch, or of the first batch so far
+        self._ended = False
+
+    def next_batch(self) -> None:
+        """Call after every batch: tensors of the next may lie where those of this one did."""
+        if self._nodes is not None and self._last is not None:
+            is_found = self._last.has_own_input and self._nodes[self._last.input_name] == 1
+            self._last = self._last if is_found else None
+        self._nodes = self._seen = None
+        self._ended = False
 
     def wants(self, tensor: Tensor) -> bool:
-        """Whether this is a product with one of the weights, its input in float32."""
+        """Whether this is a product with one of the weights, its input in float32 and not yet seen."""
+        if self._ended or self._ends(tensor):
+            return not self._ended
+        if self._nodes is not None:
+            self._nodes[tensor.name_bytes] += 1
         if tensor.op not in (OP_MUL_MAT, OP_MUL_MAT_ID):
             return False
         weight, inputs = tensor.source(0), tensor.source(1)
         if weight is None or inputs is None or inputs.type != TYPE_F32:
             return False
-        return plain_name(weight.name) in self.names
+        name = plain_name(weight.name)
+        if name not in self.names:
+            return False
+        is_seen = self._seen is not None and self._seen[0] == _key(tensor)
+        if self._nodes is not None:
+            is_one = tensor.op == OP_MUL_MAT and _n_matrices(weight) == 1
+            self._last = _Product(name, inputs.name_bytes, is_one and not is_seen)
+        if self._seen is not None and is_seen:
+            self._add(name, self._seen[1])
+        return not is_seen
 
-    def see(self, view: TensorView) -> None:
-        """Add one product's inputs. Called from C, so an error is kept for `raise_error`."""
-        try:
-            name = plain_name(view.weight.name)
-            n_matrices = view.weight.shape[2] * view.weight.shape[3]
-            if view.op == OP_MUL_MAT_ID:
-                self._add_experts(name, n_matrices, view.inputs, view.experts)
-            else:
-                self._add_dense(name, n_matrices, view.inputs)
-        except Exception as error:  # a ctypes callback may not raise
-            self.error = self.error or error
-
-    def raise_error(self) -> None:
-        """Raise what a callback ran into."""
-        if self.error is not None:
-            raise self.error
+    def see(self, view: TensorView) -> bool:
+        """Add a product's inputs; False: nothing more is needed of this batch."""
+        if self._last is not None and self._ends(view.tensor):
+            self._ended = True
+            self._add(self._last.name, dense(1, view.matrices(view.tensor)))
+            return False
+        if view.op == OP_MUL_MAT_ID:
+            found = routed(_n_matrices(view.weight), view.inputs, view.experts)
+        else:
+            found = dense(_n_matrices(view.weight), view.inputs)
+        self._seen = _key(view.tensor), found
+        self._add(plain_name(view.weight.name), found)
+        return True
 
     def entries(self) -> dict[str, Entry]:
         """What was collected so far, by weight."""
         return {name: Entry(sums, self.counts[name]) for name, sums in self.sums.items()}
 
-    def _add_dense(self, name: str, n_matrices: int, inputs: np.ndarray) -> None:
-        """`inputs` (batches, rows, n); batch i meets matrix i modulo n_matrices."""
-        sums, counts = self._slot(name, n_matrices, inputs.shape[-1])
-        for matrix in range(n_matrices):
-            rows = inputs[matrix::n_matrices].reshape(-1, inputs.shape[-1])
-            sums[matrix] += np.einsum("ij,ij->j", rows, rows)
-            counts[matrix] += len(rows)
-        self._check(name, sums)
+    def _ends(self, tensor: Tensor) -> bool:
+        if self._nodes is not None or self._last is None:
+            return False
+        return tensor.name_bytes == self._last.input_name
 
-    def _add_experts(self, name: str, n_matrices: int, inputs: np.ndarray, experts: np.ndarray) -> None:
-        """`inputs` (tokens, 1 or choices, n), `experts` (tokens, choices)."""
-        sums, counts = self._slot(name, n_matrices, inputs.shape[-1])
-        for choice in range(experts.shape[1]):
-            rows = inputs[:, choice % inputs.shape[1]]
-            for expert in np.unique(experts[:, choice]):
-                chosen = rows[experts[:, choice] == expert]
-                sums[expert] += np.einsum("ij,ij->j", chosen, chosen)
-                counts[expert] += len(chosen)
-        self._check(name, sums)
-
-    def _slot(self, name: str, n_matrices: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        if name not in self.sums:
-            self.sums[name] = np.zeros((n_matrices, width))
-            self.counts[name] = np.zeros(n_matrices)
-        return self.sums[name], self.counts[name]
-
-    def _check(self, name: str, sums: np.ndarray) -> None:
-        if not np.isfinite(sums).all():
+    def _add(self, name: str, found: Inputs) -> None:
+        if not np.isfinite(found.sums).all():
             raise NotFinite(name)
+        if name not in self.sums:
+            self.sums[name] = np.zeros_like(found.sums)
+            self.counts[name] = np.zeros_like(found.counts)
+        self.sums[name] += found.sums
+        self.counts[name] += found.counts
+
+
+def dense(n_matrices: int, inputs: np.ndarray) -> Inputs:
+    """Of `inputs` (batches, rows, n); batch i meets matrix i modulo n_matrices."""
+    n = inputs.shape[-1]
+    rows = [inputs[matrix::n_matrices].reshape(-1, n) for matrix in range(n_matrices)]
+    sums = np.array([np.einsum("ij,ij->j", each, each) for each in rows], np.float64)
+    return Inputs(sums, np.array([len(each) for each in rows], np.float64))
+
+
+def routed(n_matrices: int, inputs: np.ndarray, experts: np.ndarray) -> Inputs:
+    """Of `inputs` (tokens, 1 or choices, n) that go to `experts` (tokens, choices)."""
+    found = Inputs(np.zeros((n_matrices, inputs.shape[-1])), np.zeros(n_matrices))
+    for choice in range(experts.shape[1]):
+        rows = inputs[:, choice % inputs.shape[1]]
+        for expert in np.unique(experts[:, choice]):
+            chosen = rows[experts[:, choice] == expert]
+            found.sums[expert] += np.einsum("ij,ij->j", chosen, chosen)
+            found.counts[expert] += len(chosen)
+    return found
+
+
+def _n_matrices(weight: Tensor) -> int:
+    return weight.shape[2] * weight.shape[3]
+
+
+def _key(product: Tensor) -> tuple[int | None, ...]:
+    """The same for two products of a batch whose inputs are the same and meet as many matrices."""
+    weight = product.source(0)
+    assert weight is not None
+    return product.op, product.src[1], product.src[2], _n_matrices(weight)
 
 
 def collect(
@@ -139,8 +194,8 @@ def collect(
         ) as context,
     ):
         for tokens in sequences:
-            evaluate(context, tokens)
-            collector.raise_error()
+            for _ in calls(context, tokens, np.arange(len(tokens))):
+                collector.next_batch()
             done += len(tokens)
             if progress:
                 progress(done, n_tokens)

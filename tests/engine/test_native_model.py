@@ -184,9 +184,10 @@ def test_the_callback_sees_each_product_with_its_inputs(model):
     def wants(tensor) -> bool:
         return tensor.op == OP_MUL_MAT and tensor.source(0).name.startswith("blk.0.")
 
-    def see(view) -> None:
+    def see(view) -> bool:
         assert view.tensor.source(1).type == TYPE_F32
         seen[view.weight.name] = view.inputs
+        return True
 
     tokens = model.tokenize(TEXT)[:16]
     with Context.open(model, n_ctx=64, n_batch=16, n_threads=1, wants_tensor=wants, on_tensor=see) as context:
@@ -198,8 +199,22 @@ def test_the_callback_sees_each_product_with_its_inputs(model):
     assert np.array_equal(seen["blk.0.attn_q.weight"], seen["blk.0.attn_k.weight"])
 
 
+def test_nothing_is_computed_after_the_callback_said_so(model):
+    seen = []
+
+    def see(view) -> bool:
+        seen.append(view.tensor.name)
+        return len(seen) < 3
+
+    with Context.open(model, n_ctx=64, n_batch=16, n_threads=1, on_tensor=see) as context:
+        for n_calls in (1, 2):  # the next call begins anew
+            seen.clear()
+            evaluate(context, [5, 6])
+            assert len(seen) == 3, n_calls
+
+
 def test_what_the_callback_raises_comes_out_of_decode(model):
-    def see(_view) -> None:
+    def see(_view) -> bool:
         raise RuntimeError("from the callback")
 
     with (

@@ -6,9 +6,10 @@ import gguf
 import numpy as np
 import pytest
 
-from engine.llama import Model
+from engine.llama import Context, Model, calls
+from engine.tensor import TensorView
 from quantize.calibration.imatrix import Entry, ImportanceMatrix, InvalidMatrix
-from quantize.calibration.importance import EMBEDDING, Collector, collect
+from quantize.calibration.importance import EMBEDDING, Collector, collect, dense, routed, weight_names
 from quantize.convert import convert
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -78,18 +79,38 @@ def test_expert_without_tokens_weighs_all_columns_alike():
 
 
 def test_each_expert_sums_only_the_tokens_routed_to_it():
-    collector = Collector(["experts"])
     inputs = np.array([[[1.0, 2.0]], [[3.0, 4.0]]], np.float32)  # (tokens, 1, n)
-    collector._add_experts("experts", 3, inputs, np.array([[0, 2], [2, 1]], np.int32))
-    assert collector.sums["experts"].tolist() == [[1, 4], [9, 16], [10, 20]]
-    assert collector.counts["experts"].tolist() == [1, 1, 2]
+    found = routed(3, inputs, np.array([[0, 2], [2, 1]], np.int32))
+    assert found.sums.tolist() == [[1, 4], [9, 16], [10, 20]]
+    assert found.counts.tolist() == [1, 1, 2]
 
 
 def test_stacked_matrices_keep_their_own_sums():
-    collector = Collector(["stack"])
-    collector._add_dense("stack", 2, np.array([[[1.0]], [[2.0]], [[3.0]], [[4.0]]], np.float32))
-    assert collector.sums["stack"].tolist() == [[10], [20]]
-    assert collector.counts["stack"].tolist() == [2, 2]
+    found = dense(2, np.array([[[1.0]], [[2.0]], [[3.0]], [[4.0]]], np.float32))
+    assert found.sums.tolist() == [[10], [20]]
+    assert found.counts.tolist() == [2, 2]
+
+
+def test_passes_after_the_first_leave_out_the_head_and_see_shared_inputs_once(smollm2_gguf):
+    """Of 7 products a layer q, o, gate and down are looked at; 30 layers and the head."""
+    collector, seen = Collector(weight_names(smollm2_gguf)), []
+
+    def see(view: TensorView) -> bool:
+        seen.append(view.tensor.name)
+        return collector.see(view)
+
+    with (
+        Model.open(smollm2_gguf) as model,
+        Context.open(
+            model, n_ctx=64, n_batch=16, n_threads=1, wants_tensor=collector.wants, on_tensor=see
+        ) as context,
+    ):
+        for _ in calls(context, list(range(5, 53)), np.arange(48)):
+            collector.next_batch()
+    assert [seen.count("result_output"), seen.count("result_norm"), len(seen)] == [1, 2, 3 * (4 * 30 + 1)]
+    assert {int(counts[0]) for counts in collector.counts.values()} == {48}
+    assert set(collector.sums) == weight_names(smollm2_gguf)
+    assert np.array_equal(collector.sums["blk.3.attn_q.weight"], collector.sums["blk.3.attn_v.weight"])
 
 
 def test_untied_lookup_weighs_columns_by_the_tokens_that_occur(tmp_path):
