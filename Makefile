@@ -52,7 +52,7 @@ clean:  ## remove what the targets above made; models and collections under LQ_H
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' Makefile
 
-$(INSTALLED): requirements.lock pyproject.toml hatch_build.py $(wildcard engine/kernels/*.cpp engine/kernels/*.h)
+$(INSTALLED): requirements.lock pyproject.toml hatch_build.py $(wildcard engine/kernels/*.cpp engine/kernels/*.h quantize/rounding/kernels/*.cpp)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed, say where: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)

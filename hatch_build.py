@@ -1,8 +1,8 @@
-"""Compiles engine/kernels while lq is installed, against the headers of llama-cpp-python.
+"""Compiles lq's kernels while it is installed: the engine's, for llama-cpp-python's headers, and rounding's.
 
-Both are compiled on the same machine, so for its CPU. LQ_KERNEL_FLAGS replaces that choice, for an image
-that is to run elsewhere (Dockerfile). Without a compiler lq works too, with llama.cpp's own kernels, and
-says so.
+All are compiled on the machine that they run on, so for its CPU. LQ_KERNEL_FLAGS replaces that choice, for an
+image that is to run elsewhere (Dockerfile). Without a compiler lq works too, with llama.cpp's own kernels and
+with torch, and says so.
 """
 
 import os
@@ -10,14 +10,15 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FOLDER = Path("engine/kernels")
-LIBRARY = FOLDER / "libkernels.so"
+ENGINE = Path("engine/kernels/libkernels.so")
+ROUNDING = Path("quantize/rounding/kernels/librounding.so")
 # Every symbol but those that ggml hands over is there, or it is no library.
 LINKING = [] if sys.platform == "darwin" else ["-Wl,-z,defs"]
 
@@ -31,15 +32,21 @@ class KernelBuildHook(BuildHookInterface):
             return
         problem = compile_kernels(Path(self.root))
         if problem:
-            self.app.display_warning(f"its kernels are left out, llama.cpp's own will serve: {problem}")
-            return
-        build_data["pure_python"] = False
-        build_data["infer_tag"] = True
-        build_data["artifacts"].append(str(LIBRARY))
+            self.app.display_warning(f"kernels are left out, lq works without them, but slower: {problem}")
+        for library in (ENGINE, ROUNDING):
+            if (Path(self.root) / library).is_file():
+                build_data["pure_python"] = False
+                build_data["infer_tag"] = True
+                build_data["artifacts"].append(str(library))
 
 
 def compile_kernels(root: Path) -> str | None:
-    """What stands in the way, or None when the library is there now."""
+    """What stands in the way of either library, or None when both are there now."""
+    problems = compile_library(root, ROUNDING, []), _compile_engine(root)
+    return "; ".join(filter(None, problems)) or None
+
+
+def _compile_engine(root: Path) -> str | None:
     headers = Path(sysconfig.get_path("purelib")) / "include"
     try:
         llama_version = version("llama-cpp-python")
@@ -47,12 +54,18 @@ def compile_kernels(root: Path) -> str | None:
         return "llama-cpp-python is not installed here (pip needs --no-build-isolation)"
     if not (headers / "ggml.h").is_file():
         return f"{headers} has no ggml.h"
+    return compile_library(root, ENGINE, [f'-DLLAMA_VERSION="{llama_version}"', "-isystem", str(headers)])
+
+
+def compile_library(root: Path, library: Path, options: Sequence[str]) -> str | None:
+    """Compile all sources in a library's folder; what stood in the way, or None when it is there now."""
+    (root / library).unlink(missing_ok=True)  # one of other sources would be taken for this one
     flags = shlex.split(os.environ.get("LQ_KERNEL_FLAGS", "-march=native"))
-    temporary = root / LIBRARY.with_suffix(".tmp")
+    temporary = root / library.with_suffix(".tmp")
     command = [
         *shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-O3", *flags, "-shared", "-fPIC", *LINKING,
-        f'-DLLAMA_VERSION="{llama_version}"', "-isystem", str(headers),
-        *map(str, sorted((root / FOLDER).glob("*.cpp"))), "-o", str(temporary),
+        *options, "-I", str(root / ENGINE.parent),
+        *map(str, sorted((root / library.parent).glob("*.cpp"))), "-o", str(temporary),
     ]  # fmt: skip
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
@@ -60,7 +73,7 @@ def compile_kernels(root: Path) -> str | None:
         return f"no C++ compiler: {command[0]} is not installed"
     except subprocess.CalledProcessError as error:
         return f"{shlex.join(command)}\n{error.stderr.strip()}"
-    temporary.replace(root / LIBRARY)
+    temporary.replace(root / library)
     return None
 
 

@@ -31,7 +31,7 @@ from quantize.processes import Processes
 from quantize.rounding.curvature import Curvature, prepare
 from quantize.rounding.matrix import round_matrix
 
-#: Changes when the same inputs come to other bytes.
+#: Changes when the same inputs come to other bytes; not for sums' last bits, which CPUs differ in too.
 VERSION = 1
 SAVE_S = 60.0
 

@@ -31,7 +31,7 @@ CHOOSING_TOKENS, CHOOSING_SHARE = 2048, 0.25
 #: Of free memory what rounding may take, and what of it a weight of the largest matrix and a number of the
 #: widest Hessian do: the matrix, what it is rounded to and its bytes; the factors.
 MEMORY_SHARE, BYTES_A_WEIGHT, BYTES_A_MOMENT = 0.6, 12, 48
-#: Changes when the same inputs come to other bytes.
+#: Changes when the same inputs come to other bytes; not for sums' last bits, which CPUs differ in too.
 VERSION = 3
 
 #: Folders that no finished run needs again: rounded tensors, files that are compared, the state between.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantize.rounding import kernels
 from quantize.rounding.curvature import Curvature
 from quantize.rounding.feedback import LAZY, feed_back
 from quantize.rounding.grid import Grid, half, inverse, nearest
@@ -35,14 +36,14 @@ def descend(
         before = loss
         for first in range(0, len(weights), size):
             last = first + size
-            visit = _Visit(grid.part(first, last), curvature.part(first, last), pull[first:last].clone())
+            visit = Visit(grid.part(first, last), curvature.part(first, last), pull[first:last].clone())
             move = visit.run(anew=anew and done < PASSES_ANEW)
             pull.addmm_(curvature.damped[:, first:last], move, alpha=-1)
     return passes
 
 
 @dataclass(slots=True)
-class _Visit:
+class Visit:
     """One block, its own part of H, and its own part of R, which is kept up to date by every move."""
 
     block: Grid
@@ -77,22 +78,31 @@ class _Visit:
 
     def move_codes(self) -> None:
         """Move every code once, column by column; columns far away are told a stretch at a time."""
-        block, form = self.block, self.block.form
-        steps = block.steps()
-        inverse_steps, diagonal = inverse(steps), self.curvature.diagonal.tolist()
-        for begin in range(0, len(block.level), LAZY):
+        steps, group = self.block.steps(), self.block.form.group
+        for begin in range(0, len(self.block.level), LAZY):
             stretch = slice(begin, begin + LAZY)
-            pull, near = self.pull[stretch].clone(), self.local[stretch, stretch]
-            moves = torch.empty_like(pull)
-            for j in range(begin, begin + LAZY):
-                group = j // form.group
-                wanted = pull[j - begin] * (inverse_steps[group] / diagonal[j])
-                level = nearest(form, wanted.add_(block.level[j]))
-                move = (level - block.level[j]) * steps[group]
-                block.level[j] = level
-                moves[j - begin] = move
-                pull.addcmul_(near[:, j - begin, None], move, value=-1)
+            near, level = self.local[stretch, stretch], self.block.level[stretch]
+            own = steps[begin // group : (begin + LAZY) // group]
+            if kernels.are_there():
+                moves = kernels.move_codes(self.block.form, self.pull[stretch], near, own, level)
+            else:
+                moves = self._moves(self.pull[stretch].clone(), near, own, level)
             self.pull.addmm_(self.local[:, stretch], moves, alpha=-1)
+
+    def _moves(
+        self, pull: torch.Tensor, near: torch.Tensor, steps: torch.Tensor, level: torch.Tensor
+    ) -> torch.Tensor:
+        """Of a stretch, by how much its values change; `level` and `pull` are changed."""
+        inverse_steps, diagonal = inverse(steps), near.diagonal().tolist()
+        moves = torch.empty_like(pull)
+        for j in range(len(level)):
+            group = j // self.block.form.group
+            wanted = pull[j] * (inverse_steps[group] / diagonal[j])
+            moved = nearest(self.block.form, wanted.add_(level[j]))
+            moves[j] = (moved - level[j]) * steps[group]
+            level[j] = moved
+            pull.addcmul_(near[:, j, None], moves[j], value=-1)
+        return moves
 
     def move_integers(self, group: int) -> None:
         """Move one group's integers to the best ones near the optimum."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantize.rounding import kernels
 from quantize.rounding.curvature import Curvature
 from quantize.rounding.grid import Grid, inverse, nearest
 from quantize.rounding.scales import refine_integers, search
@@ -31,7 +32,7 @@ def feed_back(
     `conditional`: scales weigh a column's error by 1 / U_jj^2, what is left of its cost once later columns
     have made up for it; otherwise by the Hessian's diagonal. `quick`: see `scales.search`.
     """
-    importance = curvature.factor.diagonal().pow(-2) if conditional else curvature.diagonal
+    importance = curvature.factor.diagonal().pow(-2) if conditional else curvature.diagonal.contiguous()
     walk = _Walk(weights.clone(), curvature.factor, importance if choose_scales else None, quick)
     width = max(start.form.block, LAZY)
     for first in range(0, len(weights), width):
@@ -68,6 +69,11 @@ class _Walk:
             column = begin + at - within
             if group and block.form.scales and self.importance is not None:
                 self._choose_again(block, group, column, self.importance)
+            if kernels.are_there():
+                later, own = slice(column, end), slice(column - begin, column - begin + size)
+                factor = self.factor[later, later]
+                kernels.feed_back(block.one_group(group), self.current[later], factor, errors[own])
+                continue
             step, offset = block.steps()[group], block.offsets()[group]
             inverse_step = inverse(step)
             for j in range(column, column + size):

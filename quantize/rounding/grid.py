@@ -144,21 +144,22 @@ def to_blocks(grid: Grid) -> Blocks:
 
 
 def nearest(form: Format, scaled: torch.Tensor) -> torch.Tensor:
-    """The nearest level to each value; `scaled` is overwritten.
-
-    Q8_0's lowest level is left out: -128 has no counterpart above, and kernels take absolute values.
-    """
+    """The nearest level to each value; `scaled` is overwritten."""
     if form.is_uniform:
-        lowest = max(form.levels[0], -127)
-        return scaled.round_().clamp_(lowest, form.levels[-1])
+        return scaled.round_().clamp_(lowest_level(form), form.levels[-1])
     # Midpoints between levels are multiples of a half, so the lower half below a value decides.
-    lowest, table = _by_halves(form)
+    lowest, table = by_halves(form)
     place = scaled.mul_(2).floor_().clamp_(lowest, lowest + len(table) - 1).sub_(lowest)
     return table.index_select(0, place.view(-1).to(torch.int32)).view(scaled.shape)
 
 
+def lowest_level(form: Format) -> int:
+    """Q8_0's own is left out: -128 has no counterpart above, and llama.cpp's kernels take absolute values."""
+    return max(form.levels[0], -127)
+
+
 @cache
-def _by_halves(form: Format) -> tuple[int, torch.Tensor]:
+def by_halves(form: Format) -> tuple[int, torch.Tensor]:
     """The nearest level to the values between k / 2 and (k + 1) / 2, and the lowest k."""
     lowest, highest = 2 * form.levels[0], 2 * form.levels[-1]
     centres = (torch.arange(lowest, highest + 1) + 0.5) / 2

@@ -5,12 +5,16 @@ about the best. What is stored decides in the end: the float16 scale is tried on
 integers one up and down, and their float16 numbers refitted to what they multiply.
 """
 
+from itertools import product
+
 import torch
 
 from quantize.gguf_files.packing import Format
+from quantize.rounding import kernels
 from quantize.rounding.grid import Grid, half, inverse, nearest
 
 NEARBY = (1.0, 0.985, 1.015, 1.0)  # about the best scale found: codes for it, and the scale for these
+WIDER = (1.0, 1.15, 1.3, 1.5)  # than the range of what matters
 ROUNDS = 3  # integer scales and their float16 numbers in turn
 
 
@@ -20,7 +24,7 @@ def search(form: Format, weights: torch.Tensor, importance: torch.Tensor, *, qui
     `quick`: fewer candidates, for a block whose better numbers are known and kept.
     """
     x = weights.view(-1, form.group, weights.shape[1])
-    v = importance.reshape(-1, form.group, 1)
+    v = importance.contiguous().view(-1, form.group, 1)
     if form.has_minimum:
         step, offset = affine(x, v, len(form.levels) - 1, negative=form.minimums is not None, quick=quick)
     else:
@@ -32,6 +36,8 @@ def search(form: Format, weights: torch.Tensor, importance: torch.Tensor, *, qui
 
 def symmetric(form: Format, x: torch.Tensor, v: torch.Tensor, *, quick: bool) -> torch.Tensor:
     """The scale of each group without offset, (groups, rows), for x (groups, group, rows)."""
+    if kernels.are_there():
+        return kernels.symmetric(form, x, v, targets(form, quick=quick), NEARBY)
     at = x.abs().argmax(1, keepdim=True)
     inverse_extreme = inverse(x.gather(1, at))
     vx = v * x
@@ -76,6 +82,9 @@ def affine(
 
     `negative`: the offset may not be above 0.
     """
+    cuts = shrinkings(highest, quick=quick)
+    if kernels.are_there():
+        return kernels.affine(x, v, highest, negative=negative, cuts=cuts, wider=WIDER, nearby=NEARBY)
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     if negative:
         low, high = low.clamp(max=0), high.clamp(min=0)
@@ -93,13 +102,13 @@ def affine(
         best = torch.where(better, gain, best)
         step, offset = torch.where(better, fitted, step), torch.where(better, shift, offset)
 
-    for below, above in shrinkings(highest, quick=quick):
+    for below, above in product(cuts, cuts):
         consider(highest * inverse(span * (1 - below - above)), low + span * below)
     # Where what is furthest out matters least: the range of what matters, about the weighted mean.
     mean = sums[1] * inverse(sums[0])
     drawn_in = (x - mean) * (v * inverse(v.amax(1, keepdim=True))).sqrt()
     low, high = drawn_in.amin(1, keepdim=True) + mean, drawn_in.amax(1, keepdim=True) + mean
-    for wider in (1.0, 1.15, 1.3, 1.5):
+    for wider in WIDER:
         middle, reach = (low + high) / 2, (high - low) / 2 * wider
         consider(highest / 2 * inverse(reach), middle - reach)
     for factor in NEARBY:
@@ -107,13 +116,12 @@ def affine(
     return step[:, 0], offset[:, 0]
 
 
-def shrinkings(highest: int, *, quick: bool) -> list[tuple[float, float]]:
-    """By how much of its span a group's range is cut below and above."""
+def shrinkings(highest: int, *, quick: bool) -> list[float]:
+    """By how much of its span a group's range is cut below, and above."""
     first, last, tries = {3: (-0.1, 0.3, 8), 15: (-0.08, 0.28, 11), 31: (-0.06, 0.24, 14)}[highest]
     if quick:
         tries = 4
-    cuts = [first + (last - first) / (tries - 1) * i for i in range(tries)]
-    return [(below, above) for below in cuts for above in cuts]
+    return [first + (last - first) / (tries - 1) * i for i in range(tries)]
 
 
 def _line(code, vx, v, v_sum, vx_sum, *, negative: bool):
@@ -195,6 +203,9 @@ def _integers(form: Format, wanted: torch.Tensor, allowed: range) -> tuple[torch
 
 def refine_integers(grid: Grid, x: torch.Tensor, v: torch.Tensor) -> None:
     """Try each group's integers one up and down, and set them and the levels (groups, group, rows)."""
+    if kernels.are_there():
+        kernels.refine(grid, x, v)
+        return
     form = grid.form
     assert grid.scales is not None
     assert form.scales is not None

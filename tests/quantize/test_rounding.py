@@ -1,18 +1,26 @@
 """Rounding is never worse than ggml's, better where columns are correlated, and readable by any llama.cpp."""
 
+from collections.abc import Callable
 from itertools import product
+from typing import TypeVar
 
 import numpy as np
 import pytest
 import torch
 
 from quantize.errors import QuantizeError
-from quantize.gguf_files.packing import FORMATS
+from quantize.gguf_files.packing import FORMATS, unpack
 from quantize.gguf_files.types import dequantize_rows, quantize_rows
+from quantize.rounding import kernels
 from quantize.rounding.curvature import BadHessian, inverse_factor, prepare
+from quantize.rounding.descent import Visit
+from quantize.rounding.feedback import feed_back
+from quantize.rounding.grid import from_blocks, inverse, nearest
 from quantize.rounding.matrix import Steps, round_matrix
+from quantize.rounding.scales import affine, refine_integers, symmetric
 
 N = 256
+T = TypeVar("T")
 ONE_AT_A_TIME = {
     "search": Steps(feedback=False, descent=0),
     "feedback": Steps(search=False, descent=0),
@@ -238,3 +246,111 @@ def test_bad_requests_are_refused_by_name(hessian):
         round_matrix(np.full((2, N), np.nan, np.float32), "Q4_0", hessian=hessian)
     with pytest.raises(QuantizeError, match=r"importance has shape \(3,\)"):
         round_matrix(some_weights(), "Q4_0", importance=np.ones(3, np.float32))
+
+
+ROWS = 70  # more than a tile, and not whole ones
+
+
+@pytest.fixture
+def in_both(monkeypatch) -> Callable[[Callable[[], T]], tuple[T, T]]:
+    """What a function comes to by compiled loops and by torch."""
+
+    def run(work: Callable[[], T]) -> tuple[T, T]:
+        assert kernels.are_there()
+        compiled = work()
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "are_there", lambda: False)
+            return compiled, work()
+
+    return run
+
+
+def some_columns() -> torch.Tensor:
+    weights = some_weights(ROWS)
+    weights[0], weights[1, :200], weights[-1] = 0, 0, 0.1
+    return torch.from_numpy(weights.T.copy())
+
+
+IMPORTANCE = torch.from_numpy(np.geomspace(1, 1e-3, N).astype(np.float32))
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_compiled_loops_choose_the_scales_that_torch_chooses(name, quick, in_both):
+    """Sums differ in their last bits, which decides between two candidates that are as good."""
+    form = FORMATS[name]
+    x, v = some_columns().view(-1, form.group, ROWS), IMPORTANCE.view(-1, form.group, 1)
+
+    def errors() -> torch.Tensor:
+        step, offset = symmetric(form, x, v, quick=quick), torch.zeros(())
+        return left_over(step, offset)
+
+    def errors_with_minimum() -> torch.Tensor:
+        highest, negative = len(form.levels) - 1, form.minimums is not None
+        step, offset = affine(x, v, highest, negative=negative, quick=quick)
+        return left_over(step, offset[:, None])
+
+    def left_over(step: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        level = nearest(form, (x - offset) * inverse(step)[:, None])
+        return ((x - level * step[:, None] - offset).square() * v).sum(1)
+
+    compiled, by_torch = in_both(errors_with_minimum if form.has_minimum else errors)
+    assert compiled.shape == (N // form.group, ROWS)
+    assert float(compiled.sum()) == pytest.approx(float(by_torch.sum()), rel=0.002)
+    assert torch.isclose(compiled, by_torch, rtol=0.02, atol=1e-12).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_compiled_loops_set_integers_and_levels_as_torch_does(name, hessian, in_both):
+    form, weights = FORMATS[name], some_columns()
+    start = from_blocks(form, unpack(form, quantize_rows(name, weights.T.numpy().copy(), None)))
+    curvature = prepare(hessian)
+
+    def refined() -> list[torch.Tensor]:
+        grid = start.copy()
+        refine_integers(grid, weights.view(-1, form.group, ROWS), IMPORTANCE.view(-1, form.group, 1))
+        return [
+            grid.level.view(N, ROWS),
+            *(each for each in (grid.scales, grid.minimums) if each is not None),
+        ]
+
+    def fed_back() -> list[torch.Tensor]:
+        grid = start.copy()
+        feed_back(weights, curvature, grid, choose_scales=False)
+        return [grid.level]
+
+    def moved() -> list[torch.Tensor]:
+        grid = start.copy()
+        width = max(form.block, 32)
+        pull = torch.zeros(width, ROWS)
+        pull[:32] = curvature.damped[:32, :32] @ (weights - grid.values())[:32]
+        visit = Visit(grid.part(0, width), curvature.part(0, width), pull)
+        visit.move_codes()
+        return [grid.level, visit.pull]
+
+    for work in (refined, fed_back, moved) if form.scales else (fed_back, moved):
+        for compiled, by_torch in zip(*in_both(work), strict=True):
+            same = torch.isclose(compiled, by_torch, rtol=1e-3, atol=1e-6).float().mean()
+            assert same > 0.97, (work.__name__, same)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_compiled_loops_round_as_well_as_torch(name, hessian, in_both):
+    weights = some_columns().T.numpy().copy()
+    compiled, by_torch = in_both(lambda: round_matrix(weights, name, hessian=hessian))
+    assert compiled.loss == pytest.approx(by_torch.loss, rel=0.01)
+
+
+def test_rounding_works_without_the_library(hessian, monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "library_path", lambda: tmp_path / "librounding.so")
+    kernels.are_there.cache_clear()
+    try:
+        assert not kernels.are_there()
+        assert round_matrix(some_weights(8), "Q4_K", hessian=hessian).loss > 0
+        (tmp_path / "librounding.so").write_text("not a library")
+        kernels.are_there.cache_clear()
+        kernels._library.cache_clear()
+        assert not kernels.are_there()
+    finally:
+        kernels.are_there.cache_clear()
+        kernels._library.cache_clear()
