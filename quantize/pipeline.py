@@ -40,6 +40,7 @@ from quantize.report import (
     types_of,
 )
 from quantize.room import refuse_too_small_a_disk
+from quantize.rounding import kernels
 from quantize.samples import Answer
 from quantize.settings import Progress, Settings, silent
 from quantize.source import is_full_precision
@@ -231,6 +232,11 @@ class _Run:
                 f"{self.settings.eval_text.name} alone."
             )
         yield from self.work.description.notes
+        if self.settings.budgets and not kernels.are_there():
+            yield (
+                f"Rounding's loops are not compiled for this CPU ({kernels.library_path().name}), so it took "
+                "three times as long: install lq anew where a C++ compiler is."
+            )
         if calibration and "no chat template" in calibration.origin:
             yield "The model has no chat template, so the texts are what it writes from its first token on."
         for file in files:
