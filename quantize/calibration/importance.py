@@ -92,13 +92,13 @@ class Collector:
         name = plain_name(weight.name)
         if name not in self.names:
             return False
-        is_seen = self._seen is not None and self._seen[0] == _key(tensor)
+        shared = self._seen[1] if self._seen and self._seen[0] == _key(tensor) else None
         if self._nodes is not None:
             is_one = tensor.op == OP_MUL_MAT and _n_matrices(weight) == 1
-            self._last = _Product(name, inputs.name_bytes, is_one and not is_seen)
-        if self._seen is not None and is_seen:
-            self._add(name, self._seen[1])
-        return not is_seen
+            self._last = _Product(name, inputs.name_bytes, is_one and shared is None)
+        if shared is not None:
+            self._add(name, shared)
+        return shared is None
 
     def see(self, view: TensorView) -> bool:
         """Add a product's inputs; False: nothing more is needed of this batch."""
