@@ -1,7 +1,7 @@
 // Weights times several rows of activations, on CPUs with AVX2: which operations our kernels take, and how threads
-// share the work. The arithmetic is in matmul_32.cpp (Q4_0, IQ4_NL, Q4_1), for CPUs with AVX-512 and VNNI in
-// matmul_32_vnni.cpp, and in matmul_256.cpp (Q4_K, Q5_K, Q6_K). One row stays llama.cpp's: it waits for memory, not
-// for instructions. More rows give each row the bits that llama.cpp's kernel for one row gives it.
+// share the work. The arithmetic is in matmul_32.cpp (Q4_0, IQ4_NL, Q4_1, Q5_0, Q5_1, Q8_0), for CPUs with AVX-512
+// and VNNI in matmul_32_vnni.cpp, and in matmul_256.cpp (Q4_K, Q5_K, Q6_K). One row stays llama.cpp's: it waits for
+// memory, not for instructions. More rows give each row the bits that llama.cpp's kernel for one row gives it.
 
 #include "matmul.h"
 #include "plugin.h"
@@ -28,6 +28,9 @@ const Type TYPES[] = {
     {GGML_TYPE_Q4_0, true, &matmul_q4_0},
     {GGML_TYPE_IQ4_NL, true, &matmul_iq4_nl},
     {GGML_TYPE_Q4_1, false, &matmul_q4_1},
+    {GGML_TYPE_Q5_0, false, &matmul_q5_0},
+    {GGML_TYPE_Q5_1, false, &matmul_q5_1},
+    {GGML_TYPE_Q8_0, false, &matmul_q8_0},
     {GGML_TYPE_Q4_K, true, &matmul_q4_k},
     {GGML_TYPE_Q5_K, false, &matmul_q5_k},
     {GGML_TYPE_Q6_K, false, &matmul_q6_k},

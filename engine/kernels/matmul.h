@@ -35,6 +35,7 @@ struct MatmulKernel {
     void (*multiply)(const ggml_tensor * weights, int64_t column, const Pass & pass, float * to, size_t stride);
 };
 
-extern const MatmulKernel matmul_q4_0, matmul_iq4_nl, matmul_q4_1, matmul_q4_k, matmul_q5_k, matmul_q6_k;
+extern const MatmulKernel matmul_q4_0, matmul_iq4_nl, matmul_q4_1, matmul_q5_0, matmul_q5_1, matmul_q8_0;
+extern const MatmulKernel matmul_q4_k, matmul_q5_k, matmul_q6_k;
 
 #endif

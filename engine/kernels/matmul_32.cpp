@@ -1,4 +1,5 @@
-// Weights in blocks of 32, Q4_0, IQ4_NL and Q4_1, times several rows of activations, on CPUs with AVX2.
+// Weights in blocks of 32, Q4_0, IQ4_NL, Q4_1, Q5_0, Q5_1 and Q8_0, times several rows of activations, on CPUs with
+// AVX2.
 //
 // Why it is here. llama.cpp's kernel for Q4_0, which it keeps repacked, treats weights as signed bytes, which AVX2
 // cannot multiply with signed bytes: each product costs two more instructions for the sign, and each pair of products
@@ -14,20 +15,18 @@
 // another, and each is added up in 16 bits like Q4_0's. Eight columns have twice the registers then, so that four
 // columns are computed after the other four.
 //
-// Q4_1 llama.cpp computes as so many single rows, unpacking a column's weights anew for each. Here they are
+// The other types llama.cpp computes as so many single rows, unpacking a column's weights anew for each. Here they are
 // unpacked once for eight rows; again in its order of sums.
 //
 // The layout of Q4_0 is ggml's block_q4_0x8 (repack.h there): of 8 neighbouring columns, 8 scales in 16-bit
 // floats, then 128 bytes, 8 of each column by turns; low halves are the first 16 weights of a block, high halves
-// the others, with the top bit of each half turned over. Q4_1 is as it is in the file: a block of one column has a
-// scale, the lowest weight, and 16 bytes, low halves first.
+// the others, with the top bit of each half turned over. The other types are as they are in the file: a block of one
+// column has a scale, for Q4_1 and Q5_1 the lowest weight, for Q5_0 and Q5_1 the fifth bits, and the weights' other bits,
+// in halves of bytes low ones first.
 
 #include "rows_32.h"
 
 #if defined(MATMUL_WITH_AVX2) && !defined(MATMUL_WITH_VNNI)
-
-#include <cmath>
-#include <cstring>
 
 namespace {
 
@@ -152,28 +151,62 @@ void eight_columns_by_table(const ggml_tensor * tensor, int64_t column, const Pa
     }
 }
 
-// One column of Q4_1 for R rows from `first` on.
-template <int R>
-inline void rows_of_column(const uint8_t * weights, int64_t n_blocks, const Pass & pass, int first, float * to,
+// Types whose columns are stored one after the other: what a block is, where its lowest weight lies (0: there is
+// none), and its 32 weights as bytes.
+struct Q4_1 {
+    static constexpr int BLOCK = 20, LOWEST = 2;
+    static __m256i weights(const uint8_t * block) { return halves_of(block + 4); }
+};
+
+// 0x10 for each weight that has its fifth bit.
+inline __m256i sixteens(const uint8_t * bits) {
+    const __m256i byte_of = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3,
+                                             3, 3, 3, 3, 3, 3);
+    const __m256i bit_of = _mm256_set1_epi64x(int64_t(0x8040201008040201));
+    const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(int32_t(fifth_bits(bits))), byte_of);
+    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit_of), bit_of);
+    return _mm256_and_si256(set, _mm256_set1_epi8(0x10));
+}
+
+struct Q5_1 {
+    static constexpr int BLOCK = 24, LOWEST = 2;
+    static __m256i weights(const uint8_t * block) { return _mm256_or_si256(halves_of(block + 8), sixteens(block + 4)); }
+};
+
+struct Q5_0 {
+    static constexpr int BLOCK = 22, LOWEST = 0;
+    static __m256i weights(const uint8_t * block) {
+        const __m256i stored = _mm256_or_si256(halves_of(block + 6), sixteens(block + 2));
+        return _mm256_sub_epi8(stored, _mm256_set1_epi8(16));
+    }
+};
+
+struct Q8_0 {
+    static constexpr int BLOCK = 34, LOWEST = 0;
+    static __m256i weights(const uint8_t * block) { return _mm256_loadu_si256((const __m256i *) (block + 2)); }
+};
+
+// One column for R rows from `first` on. Weights below 0 pass their sign on to what they are multiplied with.
+template <class Type, int R>
+inline void rows_of_column(const uint8_t * block, int64_t n_blocks, const Pass & pass, int first, float * to,
                            size_t stride) {
-    const __m256i low_half = _mm256_set1_epi8(0x0f), ones = _mm256_set1_epi16(1);
+    const __m256i ones = _mm256_set1_epi16(1);
     __m256 acc[R];
     float lowest[R] = {};
     for (int r = 0; r < R; r++) acc[r] = _mm256_setzero_ps();
-    for (int64_t b = 0; b < n_blocks; b++, weights += BLOCK_1) {
-        uint16_t scale, low;
-        memcpy(&scale, weights, 2);
-        memcpy(&low, weights + 2, 2);
-        const __m256 d = _mm256_set1_ps(_cvtsh_ss(scale));
-        const float m = _cvtsh_ss(low);
-        const __m128i raw = _mm_loadu_si128((const __m128i *) (weights + 4));
-        const __m256i w = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(raw, 4), raw), low_half);
-        const float *scale_of = scales(pass, b) + first, *sum_of = scaled_sums(pass, b) + first;
+    for (int64_t b = 0; b < n_blocks; b++, block += Type::BLOCK) {
+        const __m256i w = Type::weights(block), size = Type::LOWEST ? w : _mm256_abs_epi8(w);
+        const __m256 d = _mm256_set1_ps(half_float(block));
+        const float * scale_of = scales(pass, b) + first;
         for (int r = 0; r < R; r++) {
-            const __m256i x = _mm256_loadu_si256((const __m256i *) values(pass, b, first + r));
-            const __m256i sum = _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), ones);
+            __m256i x = _mm256_loadu_si256((const __m256i *) values(pass, b, first + r));
+            if (!Type::LOWEST) x = _mm256_sign_epi8(x, w);
+            const __m256i sum = _mm256_madd_epi16(_mm256_maddubs_epi16(size, x), ones);
             acc[r] = _mm256_fmadd_ps(_mm256_mul_ps(d, _mm256_set1_ps(scale_of[r])), _mm256_cvtepi32_ps(sum), acc[r]);
-            lowest[r] = fmaf(m, sum_of[r], lowest[r]);
+        }
+        if (Type::LOWEST) {
+            const float m = half_float(block + Type::LOWEST), * sum_of = scaled_sums(pass, b) + first;
+            for (int r = 0; r < R; r++) lowest[r] = fmaf(m, sum_of[r], lowest[r]);
         }
     }
     for (int r = 0; r < R; r++) {
@@ -181,20 +214,27 @@ inline void rows_of_column(const uint8_t * weights, int64_t n_blocks, const Pass
     }
 }
 
+template <class Type>
 void one_column(const ggml_tensor * tensor, int64_t column, const Pass & pass, float * to, size_t stride) {
     const int64_t n_blocks = tensor->ne[0] / QK;
     const uint8_t * weights = (const uint8_t *) tensor->data + column * tensor->nb[1];
     int r = 0;
-    for (; r + 8 <= pass.n; r += 8) rows_of_column<8>(weights, n_blocks, pass, r, to, stride);
-    for (; r + 4 <= pass.n; r += 4) rows_of_column<4>(weights, n_blocks, pass, r, to, stride);
-    for (; r + 2 <= pass.n; r += 2) rows_of_column<2>(weights, n_blocks, pass, r, to, stride);
-    for (; r < pass.n; r++) rows_of_column<1>(weights, n_blocks, pass, r, to, stride);
+    for (; r + 8 <= pass.n; r += 8) rows_of_column<Type, 8>(weights, n_blocks, pass, r, to, stride);
+    for (; r + 4 <= pass.n; r += 4) rows_of_column<Type, 4>(weights, n_blocks, pass, r, to, stride);
+    for (; r + 2 <= pass.n; r += 2) rows_of_column<Type, 2>(weights, n_blocks, pass, r, to, stride);
+    for (; r < pass.n; r++) rows_of_column<Type, 1>(weights, n_blocks, pass, r, to, stride);
 }
+
+template <class Type>
+constexpr MatmulKernel by_column = {QK, Type::BLOCK, ACTIVATION_BYTES, 1, quantize<0>, one_column<Type>};
 
 }  // namespace
 
 const MatmulKernel matmul_q4_0 = {QK, BLOCK_0, ACTIVATION_BYTES, 8, quantize<OFFSET_0>, eight_columns};
 const MatmulKernel matmul_iq4_nl = {QK, BLOCK_0, ACTIVATION_BYTES, 8, quantize<OFFSET_NL>, eight_columns_by_table};
-const MatmulKernel matmul_q4_1 = {QK, BLOCK_1, ACTIVATION_BYTES, 1, quantize<0>, one_column};
+const MatmulKernel matmul_q4_1 = by_column<Q4_1>;
+const MatmulKernel matmul_q5_0 = by_column<Q5_0>;
+const MatmulKernel matmul_q5_1 = by_column<Q5_1>;
+const MatmulKernel matmul_q8_0 = by_column<Q8_0>;
 
 #endif

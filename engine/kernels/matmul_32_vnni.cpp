@@ -1,12 +1,12 @@
-// Q4_0, IQ4_NL and Q4_1 times several rows of activations on CPUs with AVX-512 and VNNI.
+// Q4_0, IQ4_NL, Q4_1, Q5_0, Q5_1 and Q8_0 times several rows of activations on CPUs with AVX-512 and VNNI.
 //
 // Why it is here. vpdpbusd multiplies four unsigned with four signed bytes and adds them to 32 bits at once. llama.cpp
 // gives it eight neighbouring columns with eight weights of each, so that two lanes hold what belongs together and the
 // floats of a block are computed for eight columns at a time. Here a lane is a column: four weights each of sixteen
 // columns, from two groups of eight, times four activations that the instruction itself spreads over all lanes. A
 // block of 32 is eight such instructions and three on floats for sixteen columns. IQ4_NL differs by a table only: its
-// values and 127 are unsigned bytes. Of Q4_1, whose eight sums of a column stay apart to its end, two columns fill a
-// vector.
+// values and 127 are unsigned bytes. Of the others, whose eight sums of a column stay apart to its end, two columns fill a
+// vector; weights of Q5_0 and Q8_0 have signs, so there it is activations that are made unsigned.
 //
 // As in matmul_32.cpp, which tells how weights lie there, what makes them unsigned is taken off the sum, integers are
 // exact, and floats are computed as llama.cpp does: same bits.
@@ -15,12 +15,10 @@
 
 #ifdef MATMUL_WITH_VNNI
 
-#include <cmath>
-#include <cstring>
-
 namespace {
 
-constexpr int COLUMNS = 16;  // computed together: two groups of eight
+constexpr int COLUMNS = 16;       // computed together: two groups of eight
+constexpr uint8_t TURNED = 0x80;  // bit of an activation that makes it unsigned, 128 more
 
 // Of Q4_0 the stored halves with the top bit turned over.
 struct AsStored {
@@ -99,42 +97,77 @@ void sixteen_columns(const ggml_tensor * tensor, int64_t column, const Pass & pa
     for (int r = 0; r < pass.n; r++) _mm512_storeu_ps((float *) ((char *) to + r * stride), acc[r]);
 }
 
-// A block of Q4_1: 32 weights, 0 to 15.
-inline __m256i weights_of(const uint8_t * block) {
-    const __m128i raw = _mm_loadu_si128((const __m128i *) (block + 4));
-    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(raw, 4), raw), _mm256_set1_epi8(0x0f));
+// Two columns' blocks side by side.
+inline __m512i both(__m256i left, __m256i right) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(left), right, 1);
 }
 
-// Scale and lowest weight of a block of Q4_1.
-inline float half_float(const uint8_t * from) {
-    uint16_t bits;
-    memcpy(&bits, from, sizeof bits);
-    return _cvtsh_ss(bits);
+// Types whose columns are stored one after the other: what a block is, where its lowest weight lies (0: there is
+// none), and the 32 weights of two columns' blocks as bytes.
+struct Q4_1 {
+    static constexpr int BLOCK = 20, LOWEST = 2;
+    static __m512i weights(const uint8_t * left, const uint8_t * right) {
+        return both(halves_of(left + 4), halves_of(right + 4));
+    }
+};
+
+inline __mmask64 fifth_bits(const uint8_t * left, const uint8_t * right) {
+    return fifth_bits(left) | __mmask64(fifth_bits(right)) << 32;
 }
+
+struct Q5_1 {
+    static constexpr int BLOCK = 24, LOWEST = 2;
+    static __m512i weights(const uint8_t * left, const uint8_t * right) {
+        const __m512i sixteens = _mm512_maskz_set1_epi8(fifth_bits(left + 4, right + 4), 0x10);
+        return _mm512_or_si512(both(halves_of(left + 8), halves_of(right + 8)), sixteens);
+    }
+};
+
+struct Q5_0 {
+    static constexpr int BLOCK = 22, LOWEST = 0;
+    static __m512i weights(const uint8_t * left, const uint8_t * right) {
+        const __m512i below = _mm512_maskz_set1_epi8(~fifth_bits(left + 2, right + 2), int8_t(0xf0));  // 16 less
+        return _mm512_or_si512(both(halves_of(left + 6), halves_of(right + 6)), below);
+    }
+};
+
+struct Q8_0 {
+    static constexpr int BLOCK = 34, LOWEST = 0;
+    static __m512i weights(const uint8_t * left, const uint8_t * right) {
+        return both(_mm256_loadu_si256((const __m256i *) (left + 2)), _mm256_loadu_si256((const __m256i *) (right + 2)));
+    }
+};
 
 inline __m512 two_floats(float left, float right) {
     return _mm512_insertf32x8(_mm512_set1_ps(left), _mm256_set1_ps(right), 1);
 }
 
-// Two columns of Q4_1 for R rows from `first` on.
-template <int R>
+// Two columns for R rows from `first` on. Where weights have signs, activations have 128 on top (TURNED), which is
+// taken off each sum of products from its beginning.
+template <class Type, int R>
 inline void rows_of_columns(const uint8_t * left, const uint8_t * right, int64_t n_blocks, const Pass & pass, int first,
                             float * to, size_t stride) {
     __m512 acc[R];
     float lowest[2][R] = {};
     for (int r = 0; r < R; r++) acc[r] = _mm512_setzero_ps();
-    for (int64_t b = 0; b < n_blocks; b++, left += BLOCK_1, right += BLOCK_1) {
-        const __m512i w = _mm512_inserti64x4(_mm512_castsi256_si512(weights_of(left)), weights_of(right), 1);
+    for (int64_t b = 0; b < n_blocks; b++, left += Type::BLOCK, right += Type::BLOCK) {
+        const __m512i w = Type::weights(left, right), zero = _mm512_setzero_si512();
         const __m512 d = two_floats(half_float(left), half_float(right));
-        const float m[2] = {half_float(left + 2), half_float(right + 2)};
-        const float *scale_of = scales(pass, b) + first, *sum_of = scaled_sums(pass, b) + first;
+        const float * scale_of = scales(pass, b) + first;
+        const __m512i top = _mm512_set1_epi8(int8_t(TURNED));
+        const __m512i start = Type::LOWEST ? zero : _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(zero, top, w));
         for (int r = 0; r < R; r++) {
-            const __m256i x = _mm256_loadu_si256((const __m256i *) values(pass, b, first + r));
-            const __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, _mm512_broadcast_i64x4(x));
+            const __m256i one = _mm256_loadu_si256((const __m256i *) values(pass, b, first + r));
+            const __m512i x = _mm512_broadcast_i64x4(one);
+            const __m512i sum = Type::LOWEST ? _mm512_dpbusd_epi32(start, w, x) : _mm512_dpbusd_epi32(start, x, w);
             acc[r] = _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps(scale_of[r])), _mm512_cvtepi32_ps(sum), acc[r]);
         }
-        for (int side = 0; side < 2; side++) {
-            for (int r = 0; r < R; r++) lowest[side][r] = fmaf(m[side], sum_of[r], lowest[side][r]);
+        if (Type::LOWEST) {
+            const float m[2] = {half_float(left + Type::LOWEST), half_float(right + Type::LOWEST)};
+            const float * sum_of = scaled_sums(pass, b) + first;
+            for (int side = 0; side < 2; side++) {
+                for (int r = 0; r < R; r++) lowest[side][r] = fmaf(m[side], sum_of[r], lowest[side][r]);
+            }
         }
     }
     for (int r = 0; r < R; r++) {
@@ -144,21 +177,30 @@ inline void rows_of_columns(const uint8_t * left, const uint8_t * right, int64_t
     }
 }
 
+template <class Type>
 void two_columns(const ggml_tensor * tensor, int64_t column, const Pass & pass, float * to, size_t stride) {
     const int64_t n_blocks = tensor->ne[0] / QK;
     const uint8_t * left = (const uint8_t *) tensor->data + column * tensor->nb[1];
     const uint8_t * right = left + tensor->nb[1];
     int r = 0;
-    for (; r + 8 <= pass.n; r += 8) rows_of_columns<8>(left, right, n_blocks, pass, r, to, stride);
-    for (; r + 4 <= pass.n; r += 4) rows_of_columns<4>(left, right, n_blocks, pass, r, to, stride);
-    for (; r + 2 <= pass.n; r += 2) rows_of_columns<2>(left, right, n_blocks, pass, r, to, stride);
-    for (; r < pass.n; r++) rows_of_columns<1>(left, right, n_blocks, pass, r, to, stride);
+    for (; r + 8 <= pass.n; r += 8) rows_of_columns<Type, 8>(left, right, n_blocks, pass, r, to, stride);
+    for (; r + 4 <= pass.n; r += 4) rows_of_columns<Type, 4>(left, right, n_blocks, pass, r, to, stride);
+    for (; r + 2 <= pass.n; r += 2) rows_of_columns<Type, 2>(left, right, n_blocks, pass, r, to, stride);
+    for (; r < pass.n; r++) rows_of_columns<Type, 1>(left, right, n_blocks, pass, r, to, stride);
 }
+
+template <class Type>
+constexpr MatmulKernel by_column = {
+    QK, Type::BLOCK, ACTIVATION_BYTES, 2, Type::LOWEST ? quantize<0> : quantize<0, TURNED>, two_columns<Type>,
+};
 
 }  // namespace
 
 const MatmulKernel matmul_q4_0 = {QK, BLOCK_0, ACTIVATION_BYTES, COLUMNS, quantize<OFFSET_0>, sixteen_columns<AsStored>};
 const MatmulKernel matmul_iq4_nl = {QK, BLOCK_0, ACTIVATION_BYTES, COLUMNS, quantize<OFFSET_NL>, sixteen_columns<ByTable>};
-const MatmulKernel matmul_q4_1 = {QK, BLOCK_1, ACTIVATION_BYTES, 2, quantize<0>, two_columns};
+const MatmulKernel matmul_q4_1 = by_column<Q4_1>;
+const MatmulKernel matmul_q5_0 = by_column<Q5_0>;
+const MatmulKernel matmul_q5_1 = by_column<Q5_1>;
+const MatmulKernel matmul_q8_0 = by_column<Q8_0>;
 
 #endif

@@ -1,4 +1,4 @@
-"""Our kernels for Q4_0, IQ4_NL and Q4_1 give what llama.cpp's gives, to the last bit, for any number of rows.
+"""Our kernels for blocks of 32 weights give what llama.cpp's gives, to the last bit, for any number of rows.
 
 Attention is llama.cpp's plain one on both sides, so that nothing else differs.
 """
@@ -13,7 +13,7 @@ from llama_cpp import llama_cpp as native
 
 from engine.kernels import library_path
 
-FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "IQ4_NL": 25}  # llama_ftype
+FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "IQ4_NL": 25}  # llama_ftype
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 40, 130)  # tokens of a call: rows below, at and above a pass
 
 COMPUTE = """
