@@ -4,7 +4,7 @@ One method a step; `quantize.steps` decides which of them run. The order and the
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +14,9 @@ from models.gguf import read_header
 from models.lora import Adapter
 from quantize.calibration import calibrate, filters
 from quantize.calibration.calibrate import Plan, Purpose
-from quantize.calibration.conversation import Role, read
+from quantize.calibration.conversation import Conversation, Role, read
 from quantize.calibration.importance import collect
-from quantize.calibration.texts import N_WORDS, WINDOW, Written, cut_text, write_conversations
+from quantize.calibration.texts import N_WORDS, WINDOW, Written, cut_text, joined, write_conversations
 from quantize.convert import convert
 from quantize.describe import Description
 from quantize.frame import VARIABLES
@@ -128,7 +128,27 @@ class Work:
             return None
         if isinstance(settings.calibration, Path):
             return self._file_step("calibration", settings.calibration, settings.calibration_tokens)
+        if settings.beside is not None:
+            return self._chats_beside(settings.beside)
         return self._conversation_step(self._chats_and_prose("calibration"))
+
+    def _chats_beside(self, text: Path) -> Step:
+        """Half of it the model's own chats; windows of a text file in place of its own plain text."""
+        settings = self.settings
+        chats, windows, out = (self.text_file(name) for name in ("chats", "beside", "calibration"))
+        half = settings.calibration_tokens // 2
+        plan = Plan("calibration", settings.seed, half, n_parallel=settings.n_parallel)
+        n_tokens = settings.calibration_tokens - half
+        parameters = self._writing(plan) | self._cutting(text, n_tokens)
+        needs = (self.source, self.generator)
+        keyed = Step("calibration", dict, parameters, needs)
+
+        def make() -> Facts:
+            cut = self._cut(text, windows, n_tokens)  # first: it refuses what cannot be read
+            own = self._converse(plan, chats, keyed.key)
+            return dataclasses.asdict(joined(own, chats, cut, windows, out))
+
+        return Step("calibration", make, parameters, needs, (out,))
 
     @cached_property
     def evaluation(self) -> Step | None:
@@ -177,39 +197,48 @@ class Work:
         return self.folder / f"{name}.jsonl"
 
     def _conversation_step(self, plan: Plan, *avoided: Step | None) -> Step:
-        parameters = {"plan": dataclasses.asdict(plan), "rules": TEXT_RULES, "threads": self._threads}
         avoid = tuple(step for step in avoided if step is not None)
-        needs = (self.generator, *avoid)
+        parameters, needs = self._writing(plan), (self.generator, *avoid)
         out = self.text_file(plan.purpose)
         keyed = Step(plan.purpose, dict, parameters, needs)
 
         def make() -> Facts:
-            written = write_conversations(
-                self.generator_file,
-                out,
-                plan,
-                key=keyed.key,
-                backend=self.settings.backend,
-                avoid=[text for step in avoid for text in read(self.text_file(step.name))],
-                progress=self._ticker(_TOLD[plan.purpose]),
-            )
-            return dataclasses.asdict(written)
+            seen = [text for step in avoid for text in read(self.text_file(step.name))]
+            return dataclasses.asdict(self._converse(plan, out, keyed.key, seen))
 
         return Step(plan.purpose, make, parameters, needs, (out,))
 
+    def _writing(self, plan: Plan) -> dict[str, Any]:
+        return {"plan": dataclasses.asdict(plan), "rules": TEXT_RULES, "threads": self._threads}
+
+    def _converse(self, plan: Plan, out: Path, key: str, avoid: Sequence[Conversation] = ()) -> Written:
+        """Let the model write, or go on with a file of the same key."""
+        return write_conversations(
+            self.generator_file,
+            out,
+            plan,
+            key=key,
+            backend=self.settings.backend,
+            avoid=avoid,
+            progress=self._ticker(_TOLD[plan.purpose]),
+        )
+
     def _file_step(self, name: str, path: Path, n_tokens: int) -> Step:
-        parameters = {"sha256": digest(path), "name": path.name, "n_tokens": n_tokens, "window": WINDOW}
         out = self.text_file(name)
 
         def make() -> Facts:
-            self.progress(f"cutting {path.name}", 0, None)
-            backend = self.settings.backend
-            written: Written = cut_text(
-                self.source_file, path, out, n_tokens=n_tokens, key=name, backend=backend
-            )
-            return dataclasses.asdict(written)
+            return dataclasses.asdict(self._cut(path, out, n_tokens))
 
-        return Step(name, make, parameters, (self.source,), (out,))
+        return Step(name, make, self._cutting(path, n_tokens), (self.source,), (out,))
+
+    def _cutting(self, path: Path, n_tokens: int) -> dict[str, Any]:
+        return {"sha256": digest(path), "name": path.name, "n_tokens": n_tokens, "window": WINDOW}
+
+    def _cut(self, path: Path, out: Path, n_tokens: int) -> Written:
+        """Windows of a text file."""
+        self.progress(f"cutting {path.name}", 0, None)
+        backend = self.settings.backend
+        return cut_text(self.source_file, path, out, n_tokens=n_tokens, key=out.stem, backend=backend)
 
     @cached_property
     def importance(self) -> Step | None:

@@ -115,8 +115,9 @@ def quantize(
         str,
         typer.Option(
             "--calibration",
-            metavar="self|none|FILE",
-            help="What importance is collected on: chats the model writes itself, nothing, or a text file.",
+            metavar="self|none|FILE|self,FILE",
+            help="What importance is collected on: text the model writes itself, nothing, a text file, or "
+            "half of each: chats that it writes, and a file's text.",
         ),
     ] = "self",
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of all that the model writes.")] = 0,
@@ -187,6 +188,7 @@ def quantize(
         times=store.root / "kernel-times.json",
         adapter=store.resolve_adapter(lora) if lora else None,
         calibration=_calibration(calibration),
+        beside=_beside(calibration),
         calibration_tokens=calibration_tokens,
         eval_tokens=eval_tokens,
         eval_text=eval_text.expanduser() if eval_text else None,
@@ -223,9 +225,25 @@ def _run(settings: Settings, store: Store, name: str | None, *, to_store: bool) 
 
 
 def _calibration(text: str) -> Literal["self", "none"] | Path:
+    if _beside(text) is not None:
+        return "self"
     if text in ("self", "none"):
         return cast('Literal["self", "none"]', text)
     return Path(text).expanduser()
+
+
+def _beside(text: str) -> Path | None:
+    """The file of `self,FILE`."""
+    from quantize.errors import QuantizeError
+
+    if not text.startswith("self,"):
+        return None
+    file = text.removeprefix("self,").strip()
+    if not file:
+        raise QuantizeError(
+            f"--calibration is {text!r}; name the text file after the comma, or give self alone"
+        )
+    return Path(file).expanduser()
 
 
 def _store(store: Store, report: Report, settings: Settings, progress: Progress) -> None:

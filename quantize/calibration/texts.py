@@ -14,7 +14,7 @@ from engine.loop import Loop
 from engine.sampling import NotANumber
 from models.gguf import read_header
 from quantize.calibration.calibrate import Plan, avoiding, converse
-from quantize.calibration.conversation import Conversation, Journal, windows
+from quantize.calibration.conversation import Conversation, Journal, read, windows
 from quantize.errors import QuantizeError
 from quantize.frame import CannotConverse, Frame
 from quantize.measure import Backend
@@ -113,6 +113,19 @@ def cut_text(source: Path, text: Path, out: Path, *, n_tokens: int, key: str, ba
         journal.add(window)
     used = sum(len(window.tokens) for window in journal.accepted)
     return Written(f"windows of {size} tokens of {text.name}", len(journal.accepted), used, {}, digest(out))
+
+
+def joined(own: Written, chats: Path, cut: Written, windows: Path, out: Path) -> Written:
+    """Both files as one at `out`, spread evenly over each other, so that what is held back of it has both."""
+    parts = [read(path) for path in (chats, windows)]
+    ranked = [((i + 0.5) / len(part), piece) for part in parts for i, piece in enumerate(part)]
+    pieces = [piece for _, piece in sorted(ranked, key=lambda each: each[0])]
+    out.unlink(missing_ok=True)
+    journal = Journal.open(out, key=out.stem)
+    for number, piece in enumerate(pieces):
+        journal.add(replace(piece, number=number))
+    n_tokens = sum(len(piece.tokens) for piece in pieces)
+    return Written(f"{own.origin}, and {cut.origin}", len(pieces), n_tokens, own.dropped, digest(out))
 
 
 def fitted(plan: Plan, around: int, *, n_ctx_train: int, has_turns: bool) -> Plan:

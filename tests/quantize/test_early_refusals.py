@@ -51,6 +51,7 @@ REFUSALS = {
     "few tokens": (("--eval-tokens", 3), "--eval-tokens is 3"),
     "name": (("--name", "../x"), "is not a file name"),
     "rule": (("--pre", "qwen9"), "--pre qwen9 is no rule"),
+    "no file": (("--calibration", "self,"), "name the text file after the comma"),
     "adapter": (("--lora", "no-such-adapter"), "no model named 'no-such-adapter'"),
 }
 
@@ -63,7 +64,7 @@ def test_an_option_that_cannot_work_is_refused_before_the_source_is_fetched(name
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", ["--eval-text", "--calibration"])
+@pytest.mark.parametrize("option", ["--eval-text ", "--calibration ", "--calibration self,"])
 @pytest.mark.parametrize(
     ("content", "reason"),
     [(b"", "empty"), (b"\xff\xfe" * 500, "binary"), (b"short", "has only 5 bytes")],
@@ -74,9 +75,9 @@ def test_a_text_that_cannot_be_used_is_refused_before_the_source_is_fetched(
     text = tmp_path / "text.txt"
     text.write_bytes(content)
     with pytest.raises(UnusableText, match=reason):
-        lq(option, text)
+        lq(*f"{option}{text}".split(" ", 1))
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        lq(option, tmp_path / "nowhere.txt")
+        lq(*f"{option}{tmp_path}/nowhere.txt".split(" ", 1))
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused_before_the_source_is_fetched(lq, tmp_path):

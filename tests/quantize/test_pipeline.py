@@ -20,6 +20,7 @@ from filelock import FileLock
 from models.errors import ModelsError
 from models.store import Store
 from quantize import pipeline
+from quantize.calibration.conversation import read
 from quantize.calibration.imatrix import ImportanceMatrix
 from quantize.calibration.texts import UnusableText
 from quantize.disk import DiskFull
@@ -238,6 +239,27 @@ def test_a_text_file_calibrates_and_measures(asked, tmp_path):
     assert "alice.txt" in (settings.out / "report.md").read_text("utf-8")
 
 
+def test_a_text_file_beside_its_own_chats_calibrates_by_half_of_each(asked, tmp_path):
+    text = Path(__file__).parent / "golden" / "alice.txt"
+    settings = dataclasses.replace(
+        asked, beside=text, calibration_tokens=1400, out=tmp_path / "out", types=("Q4_0",)
+    )
+    report = run(settings)
+    assert report.calibration is not None
+    assert "written by the model itself" in report.calibration.origin
+    assert "alice.txt" in report.calibration.origin
+    found = read(tmp_path / "out" / "work" / "calibration.jsonl")
+    assert [each.number for each in found] == [*range(len(found))]
+    prose = [bool(each.count("text")) for each in found]
+    cut = sum(len(each.tokens) for each in found if each.count("text"))
+    assert 0.2 < cut / report.calibration.n_tokens < 0.8
+    middle = len(prose) // 2  # both kinds on either side of it
+    assert len(set(prose[:middle])) == len(set(prose[middle:])) == 2
+    assert report.calibration.n_tokens == sum(len(each.tokens) for each in found)
+    again = run(dataclasses.replace(settings, beside=None))
+    assert again.importance_sha256 != report.importance_sha256
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
@@ -253,6 +275,8 @@ def test_a_text_that_cannot_calibrate_is_refused_by_reason(content, complaint, c
     text.write_bytes(content)
     with pytest.raises(UnusableText, match=complaint):
         run(dataclasses.replace(asked, calibration=text, out=copy))
+    with pytest.raises(UnusableText, match=complaint):
+        run(dataclasses.replace(asked, beside=text, out=copy))
 
 
 def test_a_missing_text_is_named(asked, tmp_path):
