@@ -14,7 +14,7 @@ from quantize.calibration.conversation import Role, read
 from quantize.divergence import Divergence
 from quantize.gguf_files.child import quantize
 from quantize.gguf_files.types import Order
-from quantize.measure import Backend, Passage, measure, passages, write_reference
+from quantize.measure import Backend, Passage, measure, passages, some, write_reference
 from quantize.mixes.workshop import VERSION
 from quantize.network.stream import digest_of
 from quantize.report import divergence_of
@@ -39,23 +39,25 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Yard:
-    """A run's folder, whose source and texts everything is measured with; results lie in `out`."""
+    """A run's folder, whose source and texts everything is measured with; results lie in `out`. `n_scored`:
+    about how many tokens of each text are scored; None: all."""
 
     run: Path
     out: Path
     backend: Backend
     say: Say
+    n_scored: int | None = None
 
     @classmethod
-    def open(cls, run: Path, out: Path, backend: Backend, say: Say) -> "Yard":
+    def open(cls, run: Path, out: Path, backend: Backend, say: Say, n_scored: int | None = None) -> "Yard":
         """In a folder below `out` for this model, these texts, this matrix and the rounding of this version:
         nothing that was measured with others is taken for theirs."""
         used = [run / "imatrix.gguf", *(run / "work" / name for name in ("source.gguf", "calibration.jsonl"))]
         used += [run / "work" / f"{text}.jsonl" for text in TEXTS]
         told = [VERSION, backend.n_threads, *(digest(path) if path.exists() else None for path in used)]
-        folder = out / digest_of(*told)[:12]
+        folder = out / digest_of(*told, *([n_scored] if n_scored else []))[:12]
         folder.mkdir(parents=True, exist_ok=True)
-        return cls(run, folder, backend, say)
+        return cls(run, folder, backend, say, n_scored)
 
     @property
     def source(self) -> Path:
@@ -68,7 +70,8 @@ class Yard:
         for name, role in TEXTS.items():
             path = self.run / "work" / f"{name}.jsonl"
             if path.exists():
-                found[name] = passages(read(path), role)
+                scored = passages(read(path), role)
+                found[name] = some(scored, self.n_scored) if self.n_scored else scored
         return found
 
     def recipe(self, kind: str, matrix_name: str, matrix: Path) -> Measured:

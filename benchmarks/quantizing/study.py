@@ -45,13 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run with budgets")
     parser.add_argument("--out", type=Path, default=Path(".cache/bench-quantize"), help="tables and parts")
     parser.add_argument("--text", type=Path, help="plain text to calibrate on, for `calibration`")
+    parser.add_argument("--tokens", type=int, help="about how many tokens of each text are scored; all")
     parser.add_argument("--threads", type=int, help="CPU threads; physical cores")
     args = parser.parse_args(arguments)
     if not (args.run / "work" / "sensitivities.npz").is_file():
         parser.error(f"{args.run} holds no sensitivities; RUN is a run with --size and --keep-source")
     if args.study == "calibration" and (args.text is None or not args.text.is_file()):
         parser.error(f"--text is {args.text}; give the plain text to calibrate on")
-    text = studies[args.study](Bench(Yard.open(args.run, args.out, Backend(args.threads), say)), args)
+    if args.tokens is not None and args.tokens < 1:
+        parser.error(f"--tokens is {args.tokens}; give 1 or more, or leave it out for all")
+    yard = Yard.open(args.run, args.out, Backend(args.threads), say, args.tokens)
+    text = studies[args.study](Bench(yard), args)
     (args.out / f"{args.study}.md").write_text(text, "utf-8")
     print(text)
     return 0

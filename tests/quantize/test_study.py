@@ -1,6 +1,7 @@
 """The studies of `benchmarks/quantizing` on a finished run: their tables have what they say they have."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,22 @@ def test_rank_has_what_was_predicted_beside_what_was_measured(finished, tmp_path
     assert len(rows) == 12
     assert all(float(row[2]) > 0 < float(row[3].split()[0]) for row in rows)
     assert float(out.rpartition("chats ")[2].split(",")[0]) > 0.5
+
+
+def test_fewer_tokens_are_measured_in_a_folder_of_their_own(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "RANKED", 4)
+    told = []
+    for tokens in ((), ("--tokens", "30")):
+        assert study.main(["rank", str(finished), "--out", str(tmp_path), "--threads", "1", *tokens]) == 0
+        told.append([row[3] for row in rows_of(capsys.readouterr().out)])
+    assert told[0] != told[1]
+    kept = [json.loads(path.read_text("utf-8")) for path in tmp_path.glob("*/measured.json")]
+    counts = {each["chats"]["n_tokens"] for measured in kept for each in measured.values()}
+    assert len(counts) == 2
+    assert min(counts) < max(counts) // 2
+    with pytest.raises(SystemExit):
+        study.main(["rank", str(finished), "--tokens", "0"])
+    assert "--tokens is 0; give 1 or more" in capsys.readouterr().err
 
 
 def test_run_without_sensitivities_is_refused(tmp_path, capsys):
