@@ -17,7 +17,7 @@ def finished(asked, tmp_path_factory) -> Path:
     """A run for a budget, with its source kept."""
     out = tmp_path_factory.mktemp("study")
     budgets = parse_sizes("3.4MB")
-    run(dataclasses.replace(asked, types=(), budgets=budgets, keep_source=True, out=out))
+    run(dataclasses.replace(asked, types=(), budgets=budgets, eval_tokens=400, keep_source=True, out=out))
     return out
 
 
