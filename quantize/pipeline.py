@@ -77,7 +77,7 @@ class _Run:
         self.settings = work.settings
         self.ledger = Ledger(work.folder / "steps")
         self.taken: dict[str, Step] = {}
-        self.evaluation: Step | None = work.evaluation
+        self.evaluation: Step | None = work.texts.evaluation
         self.why_mute: str | None = work.description.mute
 
     def ensure(self, step: Step):
@@ -91,11 +91,11 @@ class _Run:
         source = self._source()
         for step in work.checks:
             self.ensure(step)
-        text = self._text(work.text, "text")
-        calibration = self._text(work.calibration, None)
+        text = self._text(work.texts.text, "text")
+        calibration = self._text(work.texts.calibration, None)
         evaluation = self._held_out()
-        if work.lessons is not None:
-            self.ensure(work.lessons)
+        if work.texts.lessons is not None:
+            self.ensure(work.texts.lessons)
         work.generator_file.unlink(missing_ok=True)  # all that it writes is written
         source = replace(source, answers=self._answers(None))
         importance = self.ensure(work.importance) if work.importance else None
@@ -174,7 +174,7 @@ class _Run:
         work = self.work
         held_out = self.evaluation
         chats = self.ensure(work.divergence(kind, held_out, "assistant")) if held_out else None
-        text = self.ensure(work.divergence(kind, work.text, "text")) if work.text else None
+        text = self.ensure(work.divergence(kind, work.texts.text, "text")) if work.texts.text else None
         speed = self.ensure(work.speed(kind))
         rounded = work.quantized(kind)
         recovery = self._recovery(kind, facts) if self.settings.recover else None
@@ -202,7 +202,7 @@ class _Run:
         """What training did to a file; the rounded one is gone after the run."""
         work, held_out = self.work, self.evaluation
         chats = work.divergence(kind, held_out, "assistant", rounded=True) if held_out else None
-        text = work.divergence(kind, work.text, "text", rounded=True) if work.text else None
+        text = work.divergence(kind, work.texts.text, "text", rounded=True) if work.texts.text else None
         return RecoveryReport(
             kept=facts["kept"],
             chats_before=divergence_of(self.ensure(chats)) if chats else None,

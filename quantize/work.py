@@ -4,7 +4,7 @@ One method a step; `quantize.steps` decides which of them run. The order and the
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -12,14 +12,11 @@ from typing import Any
 
 from models.gguf import read_header
 from models.lora import Adapter
-from quantize.calibration import calibrate, filters
-from quantize.calibration.calibrate import Plan, Purpose
-from quantize.calibration.conversation import Conversation, Role, read
+from quantize.calibration.conversation import Role, read
 from quantize.calibration.importance import collect
-from quantize.calibration.texts import N_WORDS, WINDOW, Written, cut_text, joined, write_conversations
+from quantize.calibration.steps import Texts
 from quantize.convert import convert
 from quantize.describe import Description
-from quantize.frame import VARIABLES
 from quantize.gguf_files.child import quantize
 from quantize.gguf_files.typemap import fallback_warning, read_types
 from quantize.gguf_files.types import Order
@@ -35,16 +32,6 @@ from quantize.steps import Facts, Step
 from quantize.structure.steps import Structure
 from quantize.transforms.steps import Request as TransformsRequest
 from quantize.transforms.steps import Transforms
-
-#: How texts are made; a change makes them anew.
-TEXT_RULES = {
-    "temperatures": calibrate.TEMPERATURES,
-    "min_question_temperature": calibrate.MIN_QUESTION_TEMPERATURE,
-    "min_p": calibrate.MIN_P,
-    "plain": (calibrate.PLAIN_PERIOD, calibrate.PLAIN_TEMPERATURES, calibrate.PLAIN_MIN_P, N_WORDS),
-    "template": VARIABLES,
-    "loop": (filters.LOOP_MIN, filters.LOOP_SHARE, filters.SAME_SHARE, filters.MIN_TOKENS),
-}
 
 
 class Work:
@@ -121,131 +108,25 @@ class Work:
         return {}
 
     @cached_property
-    def calibration(self) -> Step | None:
-        """The texts that importance is collected on."""
-        settings = self.settings
-        if settings.calibration == "none":
-            return None
-        if isinstance(settings.calibration, Path):
-            return self._file_step("calibration", settings.calibration, settings.calibration_tokens)
-        if settings.beside is not None:
-            return self._chats_beside(settings.beside)
-        return self._conversation_step(self._chats_and_prose("calibration"))
-
-    def _chats_beside(self, text: Path) -> Step:
-        """Half of it the model's own chats; windows of a text file in place of its own plain text."""
-        settings = self.settings
-        chats, windows, out = (self.text_file(name) for name in ("chats", "beside", "calibration"))
-        half = settings.calibration_tokens // 2
-        plan = Plan("calibration", settings.seed, half, n_parallel=settings.n_parallel)
-        n_tokens = settings.calibration_tokens - half
-        parameters = self._writing(plan) | self._cutting(text, n_tokens)
-        needs = (self.source, self.generator)
-        keyed = Step("calibration", dict, parameters, needs)
-
-        def make() -> Facts:
-            cut = self._cut(text, windows, n_tokens)  # first: it refuses what cannot be read
-            own = self._converse(plan, chats, keyed.key)
-            return dataclasses.asdict(joined(own, chats, cut, windows, out))
-
-        return Step("calibration", make, parameters, needs, (out,))
-
-    @cached_property
-    def evaluation(self) -> Step | None:
-        """Held-out conversations, of other seeds and other questions than the calibration's; None for a
-        model that cannot write any."""
-        settings = self.settings
-        if self.description.mute:
-            return None
-        plan = Plan(
-            "evaluation", settings.seed, settings.eval_tokens, ("assistant",), n_parallel=settings.n_parallel
+    def texts(self) -> Texts:
+        """The texts that files are made by and measured on."""
+        return Texts(
+            settings=self.settings,
+            mute=bool(self.description.mute),
+            folder=self.folder,
+            source=self.source,
+            source_file=self.source_file,
+            generator=self.generator,
+            generator_file=self.generator_file,
+            progress=self.progress,
         )
-        return self._conversation_step(plan, *([self.calibration] if settings.calibration == "self" else []))
-
-    @cached_property
-    def lessons(self) -> Step | None:
-        """What recovery learns from: text that the layers were not rounded by, which has little left to say,
-        where the model writes it; else the calibration."""
-        settings = self.settings
-        if not settings.recover:
-            return None
-        if settings.calibration != "self":
-            return self.calibration
-        return self._conversation_step(self._chats_and_prose("recovery"), self.calibration, self.evaluation)
-
-    def _chats_and_prose(self, purpose: Purpose) -> Plan:
-        """Text to round or to train by."""
-        settings = self.settings
-        return Plan(
-            purpose,
-            settings.seed,
-            settings.calibration_tokens,
-            n_parallel=settings.n_parallel,
-            with_plain=True,
-        )
-
-    @cached_property
-    def text(self) -> Step | None:
-        """Windows of the public text; half of each is scored."""
-        settings = self.settings
-        if settings.eval_text is None:
-            return None
-        return self._file_step("text", settings.eval_text, 2 * settings.eval_tokens)
-
-    def text_file(self, name: str) -> Path:
-        """Where a text step writes."""
-        return self.folder / f"{name}.jsonl"
-
-    def _conversation_step(self, plan: Plan, *avoided: Step | None) -> Step:
-        avoid = tuple(step for step in avoided if step is not None)
-        parameters, needs = self._writing(plan), (self.generator, *avoid)
-        out = self.text_file(plan.purpose)
-        keyed = Step(plan.purpose, dict, parameters, needs)
-
-        def make() -> Facts:
-            seen = [text for step in avoid for text in read(self.text_file(step.name))]
-            return dataclasses.asdict(self._converse(plan, out, keyed.key, seen))
-
-        return Step(plan.purpose, make, parameters, needs, (out,))
-
-    def _writing(self, plan: Plan) -> dict[str, Any]:
-        return {"plan": dataclasses.asdict(plan), "rules": TEXT_RULES, "threads": self._threads}
-
-    def _converse(self, plan: Plan, out: Path, key: str, avoid: Sequence[Conversation] = ()) -> Written:
-        """Let the model write, or go on with a file of the same key."""
-        return write_conversations(
-            self.generator_file,
-            out,
-            plan,
-            key=key,
-            backend=self.settings.backend,
-            avoid=avoid,
-            progress=self._ticker(_TOLD[plan.purpose]),
-        )
-
-    def _file_step(self, name: str, path: Path, n_tokens: int) -> Step:
-        out = self.text_file(name)
-
-        def make() -> Facts:
-            return dataclasses.asdict(self._cut(path, out, n_tokens))
-
-        return Step(name, make, self._cutting(path, n_tokens), (self.source,), (out,))
-
-    def _cutting(self, path: Path, n_tokens: int) -> dict[str, Any]:
-        return {"sha256": digest(path), "name": path.name, "n_tokens": n_tokens, "window": WINDOW}
-
-    def _cut(self, path: Path, out: Path, n_tokens: int) -> Written:
-        """Windows of a text file."""
-        self.progress(f"cutting {path.name}", 0, None)
-        backend = self.settings.backend
-        return cut_text(self.source_file, path, out, n_tokens=n_tokens, key=out.stem, backend=backend)
 
     @cached_property
     def importance(self) -> Step | None:
         """The importance matrix, in llama.cpp's own format."""
-        if self.calibration is None:
+        if self.texts.calibration is None:
             return None
-        needs = (self.structure.weights, self.calibration)
+        needs = (self.structure.weights, self.texts.calibration)
         return Step("importance", self._collect, {}, needs, (self.matrix_file,))
 
     @cached_property
@@ -262,7 +143,7 @@ class Work:
         backend = self.settings.backend
         matrix = collect(
             self.structure.weights_file,
-            [conversation.tokens for conversation in read(self.text_file("calibration"))],
+            [conversation.tokens for conversation in read(self.texts.file("calibration"))],
             dataset="calibration.jsonl",
             n_threads=backend.n_threads,
             n_gpu_layers=backend.n_gpu_layers,
@@ -280,12 +161,12 @@ class Work:
         """The steps to a changed source that files are made from; None where none is to be tried."""
         if self.settings.explore is None:
             return None
-        assert self.calibration is not None
+        assert self.texts.calibration is not None
         assert self.importance is not None
         request = TransformsRequest(
             source=self.structure.weights_file,
             folder=self.folder / "transforms",
-            calibration=self.text_file("calibration"),
+            calibration=self.texts.file("calibration"),
             matrix=self.matrix_file,
             type=self.settings.explore,
             rounding="best" if self.settings.budgets else "nearest",
@@ -294,7 +175,7 @@ class Work:
             backend=self.settings.backend,
             progress=self.progress,
         )
-        return Transforms(request, (self.structure.weights, self.calibration, self.importance))
+        return Transforms(request, (self.structure.weights, self.texts.calibration, self.importance))
 
     @property
     def _calibration_role(self) -> Role:
@@ -310,9 +191,9 @@ class Work:
     @cached_property
     def mixes(self) -> Mixes:
         """The steps to the files that have a budget."""
-        assert self.calibration is not None
+        assert self.texts.calibration is not None
         assert self.importance is not None
-        calibration, role, changes = self.calibration, self._calibration_role, self.transforms
+        calibration, role, changes = self.texts.calibration, self._calibration_role, self.transforms
         request = Request(
             source=self._made_from[0],
             folder=self.folder,
@@ -342,14 +223,14 @@ class Work:
     @cached_property
     def recoveries(self) -> Recoveries:
         """The steps that train what was rounded."""
-        assert self.lessons is not None
+        assert self.texts.lessons is not None
         return Recoveries(
             source=self.source_file,
-            texts=self.text_file(self.lessons.name),
+            texts=self.texts.file(self.texts.lessons.name),
             folder=self.folder,
             backend=self.settings.backend,
             progress=self.progress,
-            ready=(self.source, self.lessons),
+            ready=(self.source, self.texts.lessons),
         )
 
     def made(self, kind: str) -> Step:
@@ -457,7 +338,7 @@ class Work:
         def make() -> Facts:
             self.progress(f"asking {kind or 'the source'}", 0, None)
             path = self.file(kind) if kind else self.source_file
-            found = answers(path, read(self.text_file(texts.name)), backend=self.settings.backend)
+            found = answers(path, read(self.texts.file(texts.name)), backend=self.settings.backend)
             return {"answers": [dataclasses.asdict(answer) for answer in found]}
 
         made = self.made(kind) if kind else self.source
@@ -466,8 +347,8 @@ class Work:
 
     def steps(self) -> list[Step]:
         """What the report is made of, all that it needs following from it."""
-        held_out, text = self.evaluation, self.text
-        found = [self.facts, self.calibration, held_out, text, self.importance]
+        held_out, text = self.texts.evaluation, self.texts.text
+        found = [self.facts, self.texts.calibration, held_out, text, self.importance]
         found.append(self.transforms.changed if self.transforms else None)
         found.append(self.samples(None, held_out) if held_out else None)
         for kind in self.settings.labels:
@@ -482,14 +363,7 @@ class Work:
 
     def passages(self, texts: Step, role: Role) -> list[Passage]:
         """What a text step wrote, with the tokens of one role scored."""
-        return passages(read(self.text_file(texts.name)), role)
+        return passages(read(self.texts.file(texts.name)), role)
 
     def _ticker(self, what: str) -> Callable[[int, int], None]:
         return lambda done, total: self.progress(what, done, total)
-
-
-_TOLD: Mapping[Purpose, str] = {
-    "calibration": "writing calibration conversations",
-    "evaluation": "writing held-out conversations",
-    "recovery": "writing conversations to learn from",
-}

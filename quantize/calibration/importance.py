@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import gguf
 import numpy as np
 
 from engine.llama import Context, Model, calls
@@ -25,6 +24,7 @@ from engine.tensor import OP_MUL_MAT, OP_MUL_MAT_ID, TYPE_F32, Tensor, TensorVie
 from models.gguf import read_header
 from quantize.calibration.imatrix import Entry, ImportanceMatrix
 from quantize.errors import QuantizeError
+from quantize.gguf_files.types import dequantize_rows
 
 EMBEDDING = "token_embd.weight"
 Progress = Callable[[int, int], None]  # tokens read, tokens in all
@@ -207,10 +207,12 @@ def collect(
 
 def embedding_entry(source: Path, counts: Counter[int]) -> Entry:
     """The lookup's own entry, from how often each token occurred."""
-    tensor = next(t for t in gguf.GGUFReader(source).tensors if t.name == EMBEDDING)
+    tensor = next(t for t in read_header(source).tensors if t.name == EMBEDDING)
+    n_embd, n_vocab = tensor.shape
+    stored = np.memmap(source, np.uint8, "r", tensor.offset, (n_vocab, tensor.size_bytes // n_vocab))
     tokens = np.array(sorted(counts))
     weights = np.array([counts[int(token)] for token in tokens], np.float64)
-    rows = gguf.dequantize(np.ascontiguousarray(tensor.data[tokens]), tensor.tensor_type)
+    rows = dequantize_rows(tensor.type.name, stored[tokens], n_embd)
     sums = weights @ (rows.astype(np.float64) ** 2)
     return Entry(sums[None], np.array([weights.sum()]))
 

@@ -57,7 +57,7 @@ class Structure:
     def layers(self) -> Layers | None:
         """Which layers are left out; None where all stay."""
         work, asked = self.work, self.settings.prune_layers
-        calibration = work.calibration
+        calibration = work.texts.calibration
         if asked is None or calibration is None:
             return None
         role: Role = "assistant" if self.settings.calibration == "self" else "text"
@@ -70,7 +70,7 @@ class Structure:
             target_bytes=self._target_bytes,
             backend=self.settings.backend,
             passages=lambda: work.passages(calibration, role),
-            texts=work.text_file(calibration.name),
+            texts=work.texts.file(calibration.name),
             progress=work.progress,
             allow_requantize=self.settings.allow_requantize,
         )
@@ -184,8 +184,8 @@ class Structure:
         texts: list[tuple[Step, Role, str]] = []
         if held_out:
             texts.append((held_out, "assistant", "held-out self-written chats"))
-        if work.text is not None and self.settings.eval_text is not None:
-            texts.append((work.text, "text", self.settings.eval_text.name))
+        if work.texts.text is not None and self.settings.eval_text is not None:
+            texts.append((work.texts.text, "text", self.settings.eval_text.name))
         return Cache(
             file=work.file(kind),
             made=work.made(kind),
@@ -235,7 +235,7 @@ class Structure:
     def _layer_report(self, ensure: Ensure, held_out: Step | None) -> PruneReport | None:
         if self.layers is None:
             return None
-        facts, text = ensure(self.layers.chosen), self.work.text
+        facts, text = ensure(self.layers.chosen), self.work.texts.text
         if not any(one["taken"] is not None for one in facts["rounds"]):
             return report_of(facts)
         return report_of(

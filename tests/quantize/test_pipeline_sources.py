@@ -10,8 +10,7 @@ from engine.sampling import NotANumber
 from models.atomic import partial_name
 from models.errors import ModelsError
 from models.store import Store
-from quantize import work
-from quantize.calibration import texts
+from quantize.calibration import steps, texts
 from quantize.calibration.calibrate import NoUsableText
 from quantize.families.supported import UnsupportedArchitecture
 from quantize.frame import CannotConverse
@@ -63,7 +62,7 @@ def test_a_model_that_turns_out_to_write_nothing_usable_is_measured_on_the_text(
     def nothing(*_, **__):
         raise NoUsableText({"empty question": 200})
 
-    monkeypatch.setattr(work, "write_conversations", nothing)
+    monkeypatch.setattr(steps, "write_conversations", nothing)
     settings = dataclasses.replace(asked, calibration="none", types=("Q4_0",), out=tmp_path / "out")
     with pytest.raises(NoUsableText, match="--eval-text"):
         run(settings)

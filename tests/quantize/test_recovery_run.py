@@ -81,8 +81,8 @@ def test_a_text_of_the_users_own_is_what_recovery_learns_from(recovering, tmp_pa
     text.write_text("word " * 4000, "utf-8")
     settings = dataclasses.replace(recovering, calibration=text)
     job = Work(settings, settings.check(), silent)
-    assert job.lessons is job.calibration
-    assert job.recoveries.texts == job.text_file("calibration")
+    assert job.texts.lessons is job.texts.calibration
+    assert job.recoveries.texts == job.texts.file("calibration")
 
 
 def made_before(out) -> str:
