@@ -65,14 +65,17 @@ class NoRoomForReference(QuantizeError):
         )
 
 
-def passages(conversations: Sequence[Conversation], role: Role) -> list[Passage]:
-    """The sequences with the tokens of one role scored. Of a plain text only the second half is, as
+def passages(conversations: Sequence[Conversation], *roles: Role) -> list[Passage]:
+    """The sequences with the tokens of some roles scored. Of a plain text only the second half is, as
     llama-perplexity does, so that every scored token has context."""
     result = []
     for conversation in conversations:
-        positions = [i for i in conversation.positions(role) if i > 0]
-        if role == "text":
-            positions = [i for i in positions if i >= len(conversation.tokens) // 2]
+        positions = sorted(
+            position
+            for role in roles
+            for position in conversation.positions(role)
+            if position >= (len(conversation.tokens) // 2 if role == "text" else 1)
+        )
         if positions:
             result.append(Passage(conversation.tokens, tuple(positions)))
     return result

@@ -55,17 +55,17 @@ def silent(_what: str, _done: int, _total: int | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One run. Token counts: `calibration_tokens` read in all, `eval_tokens` scored. `beside`: a text file
-    that half of a self-written calibration is taken from; None: all is the model's own. `times`: where what
-    types take on this machine is kept for all runs; None: with the run. `explore`: a tensor type that
-    transforms of the source are tried with; None: none are."""
+    """One run. Token counts: `calibration_tokens` read in all, `eval_tokens` scored. `calibration_text`:
+    a file that half of a self-written calibration is taken from; None: all is the model's own. `times`:
+    where what types take on this machine is kept for all runs; None: with the run. `explore`: a tensor type
+    that transforms of the source are tried with; None: none are."""
 
     source: Source
     out: Path
     types: tuple[str, ...] = DEFAULT_TYPES
     adapter: Path | None = None
     calibration: Literal["self", "none"] | Path = "self"
-    beside: Path | None = None
+    calibration_text: Path | None = None
     calibration_tokens: int = 24_576
     eval_tokens: int = 8_192
     eval_text: Path | None = None
@@ -109,6 +109,11 @@ class Settings:
         self._check_objective()
         if self.calibration == "none":
             self._check_without_text()
+        if self.calibration_text is not None and self.calibration != "self":
+            raise QuantizeError(
+                f"{self.calibration_text} goes beside what the model writes itself, and calibration is "
+                f"{self.calibration}; make that self, or leave the text out"
+            )
         if self.explore is not None:
             tensor_type(self.explore)
         for name, value, least in (
@@ -119,7 +124,7 @@ class Settings:
                 raise QuantizeError(f"{name} is {value}; give at least {least}")
         if not 0 <= self.seed < 2**32:
             raise QuantizeError(f"--seed is {self.seed}; give a number from 0 to {2**32 - 1}")
-        for text in (self.calibration, self.beside, self.eval_text):
+        for text in (self.calibration, self.calibration_text, self.eval_text):
             if isinstance(text, Path):
                 read_text(text)
         if self.pre is not None:

@@ -170,16 +170,12 @@ class Work:
             matrix=self.matrix_file,
             type=self.settings.explore,
             rounding="best" if self.settings.budgets else "nearest",
-            role=self._calibration_role,
+            roles=self.texts.calibration_roles,
             seed=self.settings.seed,
             backend=self.settings.backend,
             progress=self.progress,
         )
         return Transforms(request, (self.structure.weights, self.texts.calibration, self.importance))
-
-    @property
-    def _calibration_role(self) -> Role:
-        return "assistant" if self.settings.calibration == "self" else "text"
 
     @property
     def _made_from(self) -> tuple[Path, Path | None]:
@@ -193,7 +189,7 @@ class Work:
         """The steps to the files that have a budget."""
         assert self.texts.calibration is not None
         assert self.importance is not None
-        calibration, role, changes = self.texts.calibration, self._calibration_role, self.transforms
+        calibration, changes = self.texts.calibration, self.transforms
         request = Request(
             source=self._made_from[0],
             folder=self.folder,
@@ -201,7 +197,7 @@ class Work:
             objective=self.settings.objective,
             backend=self.settings.backend,
             progress=self.progress,
-            passages=lambda: self.passages(calibration, role),
+            passages=lambda: self.passages(calibration, *self.texts.calibration_roles),
             times=self.settings.times or self.folder / "kernel-times.json",
             most_bytes=least_bytes("Q8_0", self.description),
             hessian_bytes=0 if self.structure.layers else self.description.hessian_bytes,
@@ -361,9 +357,9 @@ class Work:
                 found.append(self.divergence(kind, text, "text", rounded=rounded) if text else None)
         return [step for step in [*self.structure.steps(), *found] if step]
 
-    def passages(self, texts: Step, role: Role) -> list[Passage]:
-        """What a text step wrote, with the tokens of one role scored."""
-        return passages(read(self.texts.file(texts.name)), role)
+    def passages(self, texts: Step, *roles: Role) -> list[Passage]:
+        """What a text step wrote, with the tokens of some roles scored."""
+        return passages(read(self.texts.file(texts.name)), *roles)
 
     def _ticker(self, what: str) -> Callable[[int, int], None]:
         return lambda done, total: self.progress(what, done, total)

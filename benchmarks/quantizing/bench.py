@@ -150,5 +150,4 @@ class Bench:
 
     def _passages(self) -> list[Passage]:
         """What files are chosen by: what the model wrote itself, else the text."""
-        found = read(self.text)
-        return passages(found, "assistant") or passages(found, "text")
+        return passages(read(self.text), "assistant", "text")

@@ -55,7 +55,7 @@ class Yard:
         used = [run / "imatrix.gguf", *(run / "work" / name for name in ("source.gguf", "calibration.jsonl"))]
         used += [run / "work" / f"{text}.jsonl" for text in TEXTS]
         told = [VERSION, backend.n_threads, *(digest(path) if path.exists() else None for path in used)]
-        folder = out / digest_of(*told, *([n_scored] if n_scored else []))[:12]
+        folder = out / digest_of(*told)[:12]
         folder.mkdir(parents=True, exist_ok=True)
         return cls(run, folder, backend, say, n_scored)
 
@@ -63,6 +63,11 @@ class Yard:
     def source(self) -> Path:
         """The run's full-precision GGUF, there after --keep-source."""
         return self.run / "work" / "source.gguf"
+
+    @property
+    def suffix(self) -> str:
+        """What tells files of fewer scored tokens from those of all."""
+        return f"-{self.n_scored}" if self.n_scored else ""
 
     def texts(self) -> dict[str, list[Passage]]:
         """The held-out texts that the run has, with what of them is scored."""
@@ -106,11 +111,11 @@ class Yard:
         size = path.stat().st_size
         measured = Measured(name, size, found.get("evaluation"), found.get("text"), speed.decode)
         kept = self._kept() | {name: dataclasses.asdict(measured)}
-        write_text(self.out / "measured.json", json.dumps(kept, indent=1))
+        write_text(self.out / f"measured{self.suffix}.json", json.dumps(kept, indent=1))
         return measured
 
     def _reference(self, text: str, scored: list[Passage]) -> Path:
-        path = self.out / f"reference-{text}.f32"
+        path = self.out / f"reference-{text}{self.suffix}.f32"
         if not path.exists():
             self.say(f"predicting {text} with the source")
             write_reference(self.source, scored, path, backend=self.backend)
@@ -124,7 +129,7 @@ class Yard:
         return Measured(**{**record, **both})
 
     def _kept(self) -> dict[str, dict]:
-        path = self.out / "measured.json"
+        path = self.out / f"measured{self.suffix}.json"
         return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--tokens is {args.tokens}; give 1 or more, or leave it out for all")
     yard = Yard.open(args.run, args.out, Backend(args.threads), say, args.tokens)
     text = studies[args.study](Bench(yard), args)
-    (args.out / f"{args.study}.md").write_text(text, "utf-8")
+    (args.out / f"{args.study}{yard.suffix}.md").write_text(text, "utf-8")
     print(text)
     return 0
 

@@ -20,6 +20,7 @@ _NEEDED = (
     "ggml_threadpool_chunk_set",
     "ggml_threadpool_chunk_add",
     "ggml_backend_buffer_name",
+    "ggml_backend_buffer_is_host",
 )
 
 

@@ -39,6 +39,7 @@ const Type TYPES[] = {
 const MatmulKernel * kernel_of(const ggml_tensor * weights) {
     if (!weights->buffer) return nullptr;
     const bool repacked = strcmp(ggml_functions.buffer_name(weights->buffer), "CPU_REPACK") == 0;
+    if (!repacked && !ggml_functions.is_host(weights->buffer)) return nullptr;  // packed for AMX, say
     for (const Type & each : TYPES) {
         if (each.type == weights->type && each.repacked == repacked) return each.kernel;
     }

@@ -151,13 +151,6 @@ void eight_columns_by_table(const ggml_tensor * tensor, int64_t column, const Pa
     }
 }
 
-// Types whose columns are stored one after the other: what a block is, where its lowest weight lies (0: there is
-// none), and its 32 weights as bytes.
-struct Q4_1 {
-    static constexpr int BLOCK = 20, LOWEST = 2;
-    static __m256i weights(const uint8_t * block) { return halves_of(block + 4); }
-};
-
 // 0x10 for each weight that has its fifth bit.
 inline __m256i sixteens(const uint8_t * bits) {
     const __m256i byte_of = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3,
@@ -168,22 +161,26 @@ inline __m256i sixteens(const uint8_t * bits) {
     return _mm256_and_si256(set, _mm256_set1_epi8(0x10));
 }
 
-struct Q5_1 {
-    static constexpr int BLOCK = 24, LOWEST = 2;
-    static __m256i weights(const uint8_t * block) { return _mm256_or_si256(halves_of(block + 8), sixteens(block + 4)); }
+// The 32 weights of a block as bytes.
+struct Q4_1 : BlockQ4_1 {
+    static __m256i weights(const uint8_t * block) { return halves_of(block + HALVES); }
 };
 
-struct Q5_0 {
-    static constexpr int BLOCK = 22, LOWEST = 0;
+struct Q5_1 : BlockQ5_1 {
     static __m256i weights(const uint8_t * block) {
-        const __m256i stored = _mm256_or_si256(halves_of(block + 6), sixteens(block + 2));
+        return _mm256_or_si256(halves_of(block + HALVES), sixteens(block + FIFTHS));
+    }
+};
+
+struct Q5_0 : BlockQ5_0 {
+    static __m256i weights(const uint8_t * block) {
+        const __m256i stored = _mm256_or_si256(halves_of(block + HALVES), sixteens(block + FIFTHS));
         return _mm256_sub_epi8(stored, _mm256_set1_epi8(16));
     }
 };
 
-struct Q8_0 {
-    static constexpr int BLOCK = 34, LOWEST = 0;
-    static __m256i weights(const uint8_t * block) { return _mm256_loadu_si256((const __m256i *) (block + 2)); }
+struct Q8_0 : BlockQ8_0 {
+    static __m256i weights(const uint8_t * block) { return _mm256_loadu_si256((const __m256i *) (block + BYTES)); }
 };
 
 // One column for R rows from `first` on. Weights below 0 pass their sign on to what they are multiplied with.
@@ -194,7 +191,7 @@ inline void rows_of_column(const uint8_t * block, int64_t n_blocks, const Pass &
     __m256 acc[R];
     float lowest[R] = {};
     for (int r = 0; r < R; r++) acc[r] = _mm256_setzero_ps();
-    for (int64_t b = 0; b < n_blocks; b++, block += Type::BLOCK) {
+    for (int64_t b = 0; b < n_blocks; b++, block += Type::SIZE) {
         const __m256i w = Type::weights(block), size = Type::LOWEST ? w : _mm256_abs_epi8(w);
         const __m256 d = _mm256_set1_ps(half_float(block));
         const float * scale_of = scales(pass, b) + first;
@@ -226,7 +223,7 @@ void one_column(const ggml_tensor * tensor, int64_t column, const Pass & pass, f
 }
 
 template <class Type>
-constexpr MatmulKernel by_column = {QK, Type::BLOCK, ACTIVATION_BYTES, 1, quantize<0>, one_column<Type>};
+constexpr MatmulKernel by_column = {QK, Type::SIZE, ACTIVATION_BYTES, 1, quantize<0>, one_column<Type>};
 
 }  // namespace
 

@@ -102,39 +102,36 @@ inline __m512i both(__m256i left, __m256i right) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(left), right, 1);
 }
 
-// Types whose columns are stored one after the other: what a block is, where its lowest weight lies (0: there is
-// none), and the 32 weights of two columns' blocks as bytes.
-struct Q4_1 {
-    static constexpr int BLOCK = 20, LOWEST = 2;
-    static __m512i weights(const uint8_t * left, const uint8_t * right) {
-        return both(halves_of(left + 4), halves_of(right + 4));
-    }
-};
-
 inline __mmask64 fifth_bits(const uint8_t * left, const uint8_t * right) {
     return fifth_bits(left) | __mmask64(fifth_bits(right)) << 32;
 }
 
-struct Q5_1 {
-    static constexpr int BLOCK = 24, LOWEST = 2;
+// The 32 weights of two columns' blocks as bytes.
+struct Q4_1 : BlockQ4_1 {
     static __m512i weights(const uint8_t * left, const uint8_t * right) {
-        const __m512i sixteens = _mm512_maskz_set1_epi8(fifth_bits(left + 4, right + 4), 0x10);
-        return _mm512_or_si512(both(halves_of(left + 8), halves_of(right + 8)), sixteens);
+        return both(halves_of(left + HALVES), halves_of(right + HALVES));
     }
 };
 
-struct Q5_0 {
-    static constexpr int BLOCK = 22, LOWEST = 0;
+struct Q5_1 : BlockQ5_1 {
     static __m512i weights(const uint8_t * left, const uint8_t * right) {
-        const __m512i below = _mm512_maskz_set1_epi8(~fifth_bits(left + 2, right + 2), int8_t(0xf0));  // 16 less
-        return _mm512_or_si512(both(halves_of(left + 6), halves_of(right + 6)), below);
+        const __m512i sixteens = _mm512_maskz_set1_epi8(fifth_bits(left + FIFTHS, right + FIFTHS), 0x10);
+        return _mm512_or_si512(both(halves_of(left + HALVES), halves_of(right + HALVES)), sixteens);
     }
 };
 
-struct Q8_0 {
-    static constexpr int BLOCK = 34, LOWEST = 0;
+struct Q5_0 : BlockQ5_0 {
     static __m512i weights(const uint8_t * left, const uint8_t * right) {
-        return both(_mm256_loadu_si256((const __m256i *) (left + 2)), _mm256_loadu_si256((const __m256i *) (right + 2)));
+        const __mmask64 below = ~fifth_bits(left + FIFTHS, right + FIFTHS);
+        const __m512i less = _mm512_maskz_set1_epi8(below, int8_t(0xf0));  // by 16
+        return _mm512_or_si512(both(halves_of(left + HALVES), halves_of(right + HALVES)), less);
+    }
+};
+
+struct Q8_0 : BlockQ8_0 {
+    static __m512i weights(const uint8_t * left, const uint8_t * right) {
+        return both(_mm256_loadu_si256((const __m256i *) (left + BYTES)),
+                    _mm256_loadu_si256((const __m256i *) (right + BYTES)));
     }
 };
 
@@ -150,7 +147,7 @@ inline void rows_of_columns(const uint8_t * left, const uint8_t * right, int64_t
     __m512 acc[R];
     float lowest[2][R] = {};
     for (int r = 0; r < R; r++) acc[r] = _mm512_setzero_ps();
-    for (int64_t b = 0; b < n_blocks; b++, left += Type::BLOCK, right += Type::BLOCK) {
+    for (int64_t b = 0; b < n_blocks; b++, left += Type::SIZE, right += Type::SIZE) {
         const __m512i w = Type::weights(left, right), zero = _mm512_setzero_si512();
         const __m512 d = two_floats(half_float(left), half_float(right));
         const float * scale_of = scales(pass, b) + first;
@@ -191,7 +188,7 @@ void two_columns(const ggml_tensor * tensor, int64_t column, const Pass & pass, 
 
 template <class Type>
 constexpr MatmulKernel by_column = {
-    QK, Type::BLOCK, ACTIVATION_BYTES, 2, Type::LOWEST ? quantize<0> : quantize<0, TURNED>, two_columns<Type>,
+    QK, Type::SIZE, ACTIVATION_BYTES, 2, Type::LOWEST ? quantize<0> : quantize<0, TURNED>, two_columns<Type>,
 };
 
 }  // namespace

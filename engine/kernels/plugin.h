@@ -38,6 +38,7 @@ struct Ggml {
     void (*chunk_set)(ggml_threadpool *, int);     // they share out work: where the counter stands
     int (*chunk_add)(ggml_threadpool *, int);      // its value before so much was added
     const char * (*buffer_name)(ggml_backend_buffer_t);
+    bool (*is_host)(ggml_backend_buffer_t);        // its tensors lie there as they are in a file
 };
 extern Ggml ggml_functions;
 

@@ -19,6 +19,21 @@ constexpr int BLOCK_0X8 = 144;  // of those of 8 columns, repacked
 constexpr int32_t OFFSET_0 = 8;     // of a stored weight of Q4_0
 constexpr int32_t OFFSET_NL = 127;  // of a value of IQ4_NL: none is negative with it
 
+// Types whose columns are stored one after the other: bytes of a block and where in it lie its lowest weight (0: it has
+// none), fifth bits, halves of bytes (low ones first) or whole bytes; its scale is at the beginning.
+struct BlockQ4_1 {
+    static constexpr int SIZE = 20, LOWEST = 2, HALVES = 4;
+};
+struct BlockQ5_0 {
+    static constexpr int SIZE = 22, LOWEST = 0, FIFTHS = 2, HALVES = 6;
+};
+struct BlockQ5_1 {
+    static constexpr int SIZE = 24, LOWEST = 2, FIFTHS = 4, HALVES = 8;
+};
+struct BlockQ8_0 {
+    static constexpr int SIZE = 34, LOWEST = 0, BYTES = 2;
+};
+
 // A pass, block after block: first the values of each row, then a scale and the sum of each row: of the integers
 // times the weights' offset for Q4_0 and IQ4_NL, scaled in 16 bits for Q4_1 and Q5_1.
 constexpr size_t ACTIVATION_BYTES = QK + 2 * sizeof(float);

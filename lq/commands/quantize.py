@@ -188,7 +188,7 @@ def quantize(
         times=store.root / "kernel-times.json",
         adapter=store.resolve_adapter(lora) if lora else None,
         calibration=_calibration(calibration),
-        beside=_beside(calibration),
+        calibration_text=_text_beside(calibration),
         calibration_tokens=calibration_tokens,
         eval_tokens=eval_tokens,
         eval_text=eval_text.expanduser() if eval_text else None,
@@ -225,14 +225,14 @@ def _run(settings: Settings, store: Store, name: str | None, *, to_store: bool) 
 
 
 def _calibration(text: str) -> Literal["self", "none"] | Path:
-    if _beside(text) is not None:
+    if _text_beside(text) is not None:
         return "self"
     if text in ("self", "none"):
         return cast('Literal["self", "none"]', text)
     return Path(text).expanduser()
 
 
-def _beside(text: str) -> Path | None:
+def _text_beside(text: str) -> Path | None:
     """The file of `self,FILE`."""
     from quantize.errors import QuantizeError
 

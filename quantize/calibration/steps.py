@@ -12,7 +12,7 @@ from typing import Any
 
 from quantize.calibration import calibrate, filters
 from quantize.calibration.calibrate import Plan, Purpose
-from quantize.calibration.conversation import Conversation, read
+from quantize.calibration.conversation import Conversation, Role, read
 from quantize.calibration.texts import N_WORDS, WINDOW, Written, cut_text, joined, write_conversations
 from quantize.frame import VARIABLES
 from quantize.settings import Progress, Settings
@@ -58,9 +58,15 @@ class Texts:
             return None
         if isinstance(settings.calibration, Path):
             return self._file_step("calibration", settings.calibration, settings.calibration_tokens)
-        if settings.beside is not None:
-            return self._chats_beside(settings.beside)
+        if settings.calibration_text is not None:
+            return self._chats_beside(settings.calibration_text)
         return self._conversation_step(self._chats_and_prose("calibration"))
+
+    @property
+    def calibration_roles(self) -> tuple[Role, ...]:
+        """Whose tokens of it count where something is chosen by them."""
+        own, cut = self.settings.calibration == "self", self.settings.calibration_text is not None
+        return ("assistant", "text") if own and cut else ("assistant",) if own else ("text",)
 
     def _chats_beside(self, text: Path) -> Step:
         """Half of it the model's own chats; windows of a text file in place of its own plain text."""
@@ -71,11 +77,13 @@ class Texts:
         n_tokens = settings.calibration_tokens - half
         parameters = self._writing(plan) | self._cutting(text, n_tokens)
         needs = (self.source, self.generator)
-        keyed = Step("calibration", dict, parameters, needs)
+        own_key = Step(
+            "chats", dict, self._writing(plan), (self.generator,)
+        ).key  # other files change no chat
 
         def make() -> Facts:
             cut = self._cut(text, windows, n_tokens)  # first: it refuses what cannot be read
-            own = self._converse(plan, chats, keyed.key)
+            own = self._converse(plan, chats, own_key)
             return dataclasses.asdict(joined(own, chats, cut, windows, out))
 
         return Step("calibration", make, parameters, needs, (out,))

@@ -60,7 +60,6 @@ class Structure:
         calibration = work.texts.calibration
         if asked is None or calibration is None:
             return None
-        role: Role = "assistant" if self.settings.calibration == "self" else "text"
         request = prune_steps.Request(
             source=work.source_file,
             copy=work.generator_file,
@@ -69,7 +68,7 @@ class Structure:
             asked=asked,
             target_bytes=self._target_bytes,
             backend=self.settings.backend,
-            passages=lambda: work.passages(calibration, role),
+            passages=lambda: work.passages(calibration, *work.texts.calibration_roles),
             texts=work.texts.file(calibration.name),
             progress=work.progress,
             allow_requantize=self.settings.allow_requantize,

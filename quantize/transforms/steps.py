@@ -52,7 +52,7 @@ class TooFewTexts(QuantizeError):
 class Request:
     """What is tried on: a full-precision source, its calibration text and importance matrix, and a type.
 
-    `rounding`: what files will be made with; `role`: whose tokens are scored; `folder`: what lies there
+    `rounding`: what files will be made with; `roles`: whose tokens are scored; `folder`: what lies there
     meanwhile.
     """
 
@@ -62,7 +62,7 @@ class Request:
     matrix: Path
     type: str
     rounding: Rounding
-    role: Role
+    roles: tuple[Role, ...]
     seed: int
     backend: Backend
     progress: Progress
@@ -131,7 +131,7 @@ class Transforms:
             source=request.source,
             matrix=ImportanceMatrix.read(request.matrix),
             types=request.type,
-            passages=passages(self._conversations(held_back=True), request.role),
+            passages=passages(self._conversations(held_back=True), *request.roles),
             folder=request.folder / "trials",
             key=self.explored.key,
             backend=request.backend,

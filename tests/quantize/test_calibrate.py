@@ -389,3 +389,8 @@ def test_of_a_text_the_second_half_of_each_window_is_scored():
     text = Conversation(0, 0, 0.0, tuple(range(10)), (Span("text", 10),))
     assert passages([text], "text")[0].positions == (5, 6, 7, 8, 9)
     assert passages([text], "assistant") == []
+    chat = Conversation(1, 0, 0.0, (7, 8, 9), (Span("user", 1), Span("assistant", 2)))
+    assert [each.positions for each in passages([chat, text], "assistant", "text")] == [
+        (1, 2),
+        (5, 6, 7, 8, 9),
+    ]

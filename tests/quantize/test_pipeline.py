@@ -242,7 +242,7 @@ def test_a_text_file_calibrates_and_measures(asked, tmp_path):
 def test_a_text_file_beside_its_own_chats_calibrates_by_half_of_each(asked, tmp_path):
     text = Path(__file__).parent / "golden" / "alice.txt"
     settings = dataclasses.replace(
-        asked, beside=text, calibration_tokens=1400, out=tmp_path / "out", types=("Q4_0",)
+        asked, calibration_text=text, calibration_tokens=1400, out=tmp_path / "out", types=("Q4_0",)
     )
     report = run(settings)
     assert report.calibration is not None
@@ -256,6 +256,8 @@ def test_a_text_file_beside_its_own_chats_calibrates_by_half_of_each(asked, tmp_
     middle = len(prose) // 2  # both kinds on either side of it
     assert len(set(prose[:middle])) == len(set(prose[middle:])) == 2
     assert report.calibration.n_tokens == sum(len(each.tokens) for each in found)
+    with pytest.raises(QuantizeError, match=r"alice.txt goes beside what the model writes itself"):
+        run(dataclasses.replace(settings, calibration="none", out=tmp_path / "none"))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +276,7 @@ def test_a_text_that_cannot_calibrate_is_refused_by_reason(content, complaint, c
     with pytest.raises(UnusableText, match=complaint):
         run(dataclasses.replace(asked, calibration=text, out=copy))
     with pytest.raises(UnusableText, match=complaint):
-        run(dataclasses.replace(asked, beside=text, out=copy))
+        run(dataclasses.replace(asked, calibration_text=text, out=copy))
 
 
 def test_a_missing_text_is_named(asked, tmp_path):

@@ -75,14 +75,16 @@ def test_rank_has_what_was_predicted_beside_what_was_measured(finished, tmp_path
     assert float(out.rpartition("chats ")[2].split(",")[0]) > 0.5
 
 
-def test_fewer_tokens_are_measured_in_a_folder_of_their_own(finished, tmp_path, monkeypatch, capsys):
+def test_fewer_tokens_are_measured_beside_what_all_were_measured_to_be(
+    finished, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(study, "RANKED", 4)
     told = []
     for tokens in ((), ("--tokens", "30")):
         assert study.main(["rank", str(finished), "--out", str(tmp_path), "--threads", "1", *tokens]) == 0
         told.append([row[3] for row in rows_of(capsys.readouterr().out)])
     assert told[0] != told[1]
-    kept = [json.loads(path.read_text("utf-8")) for path in tmp_path.glob("*/measured.json")]
+    kept = [json.loads(path.read_text("utf-8")) for path in tmp_path.glob("*/measured*.json")]
     counts = {each["chats"]["n_tokens"] for measured in kept for each in measured.values()}
     assert len(counts) == 2
     assert min(counts) < max(counts) // 2
