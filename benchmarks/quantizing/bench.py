@@ -149,5 +149,5 @@ class Bench:
         )  # fmt: skip
 
     def _passages(self) -> list[Passage]:
-        """What files are chosen by: what the model wrote itself, else the text."""
+        """What files are chosen by: what the model wrote itself, and windows of a text."""
         return passages(read(self.text), "assistant", "text")

@@ -175,6 +175,7 @@ def quantize(
         *(parse_bits_per_weight(bits_per_weight) if bits_per_weight else ()),
         *((FIT,) if fit else ()),
     )
+    own, beside = _calibration(calibration)
     settings = Settings(
         source=named(unseen(source), name),
         out=out.expanduser().absolute(),
@@ -187,8 +188,8 @@ def quantize(
         kv_cache=kv_cache,
         times=store.root / "kernel-times.json",
         adapter=store.resolve_adapter(lora) if lora else None,
-        calibration=_calibration(calibration),
-        calibration_text=_text_beside(calibration),
+        calibration=own,
+        calibration_text=beside,
         calibration_tokens=calibration_tokens,
         eval_tokens=eval_tokens,
         eval_text=eval_text.expanduser() if eval_text else None,
@@ -224,26 +225,20 @@ def _run(settings: Settings, store: Store, name: str | None, *, to_store: bool) 
     return settings, report
 
 
-def _calibration(text: str) -> Literal["self", "none"] | Path:
-    if _text_beside(text) is not None:
-        return "self"
-    if text in ("self", "none"):
-        return cast('Literal["self", "none"]', text)
-    return Path(text).expanduser()
-
-
-def _text_beside(text: str) -> Path | None:
-    """The file of `self,FILE`."""
+def _calibration(text: str) -> tuple[Literal["self", "none"] | Path, Path | None]:
+    """What is calibrated on, and the file beside the model's own text: that of `self,FILE`."""
     from quantize.errors import QuantizeError
 
+    if text in ("self", "none"):
+        return cast('Literal["self", "none"]', text), None
     if not text.startswith("self,"):
-        return None
+        return Path(text).expanduser(), None
     file = text.removeprefix("self,").strip()
     if not file:
         raise QuantizeError(
             f"--calibration is {text!r}; name the text file after the comma, or give self alone"
         )
-    return Path(file).expanduser()
+    return "self", Path(file).expanduser()
 
 
 def _store(store: Store, report: Report, settings: Settings, progress: Progress) -> None:
