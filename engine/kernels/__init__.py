@@ -1,4 +1,4 @@
-"""Kernels of our own in llama.cpp's CPU backend: attention, and quantized weights times several rows.
+"""Kernels of our own in llama.cpp's CPU backend: attention, and quantized weights times rows.
 
 Their sources say what they do and why (attention.cpp; matmul.cpp, matmul_32.cpp, matmul_32_vnni.cpp,
 matmul_256.cpp); what they gain is in docs/log.md. They are compiled when lq is installed (hatch_build.py).

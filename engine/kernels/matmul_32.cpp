@@ -8,7 +8,7 @@
 // products of 15 * 127 fit 16 bits, so that a block of 32 is added up in 16 bits and widened once. With rows in 16s
 // the weights are unpacked once for all. The sums are exact integers, and what is done to them in floats is what
 // llama.cpp does, in its order: results are the same to the last bit, also as those of a single row, which llama.cpp's
-// kernel computes (it waits for memory, not for instructions).
+// kernel computes here.
 //
 // IQ4_NL stores places in a table of signed bytes of up to 127. A product of these and of an activation fits 16 bits,
 // a sum of four does not. So a value is taken apart: 127 more than it, 0 to 240, is 16 times one number below 16 plus

@@ -1,4 +1,4 @@
-// Q4_0, IQ4_NL, Q4_1, Q5_0, Q5_1 and Q8_0 times several rows of activations on CPUs with AVX-512 and VNNI.
+// Q4_0, IQ4_NL, Q4_1, Q5_0, Q5_1 and Q8_0 times rows of activations on CPUs with AVX-512 and VNNI.
 //
 // Why it is here. vpdpbusd multiplies four unsigned with four signed bytes and adds them to 32 bits at once. llama.cpp
 // gives it eight neighbouring columns with eight weights of each, so that two lanes hold what belongs together and the
@@ -7,6 +7,9 @@
 // block of 32 is eight such instructions and three on floats for sixteen columns. IQ4_NL differs by a table only: its
 // values and 127 are unsigned bytes. Of the others, whose eight sums of a column stay apart to its end, two columns fill a
 // vector; weights of Q5_0 and Q8_0 have signs, so there it is activations that are made unsigned.
+//
+// A single row waits for the weights: llama.cpp's kernels for it leave a third of what memory could give unused. Asking
+// for lines some way ahead is what ours gain by.
 //
 // As in matmul_32.cpp, which tells how weights lie there, what makes them unsigned is taken off the sum, integers are
 // exact, and floats are computed as llama.cpp does: same bits.
@@ -19,6 +22,7 @@ namespace {
 
 constexpr int COLUMNS = 16;       // computed together: two groups of eight
 constexpr uint8_t TURNED = 0x80;  // bit of an activation that makes it unsigned, 128 more
+constexpr int AHEAD = 3072;       // bytes: from where weights of a single row are asked for early
 
 // Of Q4_0 the stored halves with the top bit turned over.
 struct AsStored {
@@ -174,11 +178,60 @@ inline void rows_of_columns(const uint8_t * left, const uint8_t * right, int64_t
     }
 }
 
+// The first two numbers of 16 bits of each of two blocks. Where a type has no lowest weight, the second means nothing.
+inline __m128 two_of_each(const uint8_t * left, const uint8_t * right) {
+    int32_t of_left, of_right;
+    memcpy(&of_left, left, sizeof of_left);
+    memcpy(&of_right, right, sizeof of_right);
+    return _mm_cvtph_ps(_mm_insert_epi32(_mm_cvtsi32_si128(of_left), of_right, 1));
+}
+
+// The same of a single row: a scale and a scaled sum of each of two blocks.
+inline __m128 two_of_each(const Pass & pass, int64_t b) {
+    const __m128d first = _mm_load_sd((const double *) scales(pass, b));
+    return _mm_castpd_ps(_mm_loadh_pd(first, (const double *) scales(pass, b + 1)));
+}
+
+// One column for a single row. That waits for memory, so it is read as it lies there, two blocks of the column side by
+// side instead of two columns; their floats are added one after the other.
+template <class Type>
+inline float one_of_column(const uint8_t * block, int64_t n_blocks, const Pass & pass) {
+    static_assert(!Type::LOWEST || Type::LOWEST == 2, "two_of_each() takes the lowest weight from behind the scale");
+    const __m512i zero = _mm512_setzero_si512(), top = _mm512_set1_epi8(int8_t(TURNED));
+    __m256 acc = _mm256_setzero_ps();
+    __m128 lowest = _mm_setzero_ps();
+    for (int64_t b = 0; b < n_blocks; b += 2, block += 2 * Type::SIZE) {
+        const uint8_t * next = block + Type::SIZE;
+        _mm_prefetch((const char *) block + AHEAD, _MM_HINT_T0);
+        const __m512i w = Type::weights(block, next);
+        const __m512i x = both(_mm256_loadu_si256((const __m256i *) values(pass, b, 0)),
+                               _mm256_loadu_si256((const __m256i *) values(pass, b + 1, 0)));
+        const __m512i sum = Type::LOWEST ? _mm512_dpbusd_epi32(zero, w, x)
+                                         : _mm512_sub_epi32(_mm512_dpbusd_epi32(zero, x, w),
+                                                            _mm512_dpbusd_epi32(zero, top, w));
+        const __m512 products = _mm512_cvtepi32_ps(sum);
+        const __m128 of_weights = two_of_each(block, next), of_row = two_of_each(pass, b);
+        const __m128 scale = _mm_mul_ps(of_weights, of_row);
+        acc = _mm256_fmadd_ps(_mm256_broadcastss_ps(scale), _mm512_castps512_ps256(products), acc);
+        acc = _mm256_fmadd_ps(_mm256_broadcastss_ps(_mm_movehl_ps(scale, scale)), _mm512_extractf32x8_ps(products, 1), acc);
+        if (Type::LOWEST) {
+            lowest = _mm_fmadd_ss(_mm_movehdup_ps(of_weights), _mm_movehdup_ps(of_row), lowest);
+            lowest = _mm_fmadd_ss(_mm_permute_ps(of_weights, 3), _mm_permute_ps(of_row, 3), lowest);
+        }
+    }
+    return added_up(acc) + _mm_cvtss_f32(lowest);
+}
+
 template <class Type>
 void two_columns(const ggml_tensor * tensor, int64_t column, const Pass & pass, float * to, size_t stride) {
     const int64_t n_blocks = tensor->ne[0] / QK;
     const uint8_t * left = (const uint8_t *) tensor->data + column * tensor->nb[1];
     const uint8_t * right = left + tensor->nb[1];
+    if (pass.n == 1 && n_blocks % 2 == 0) {
+        to[0] = one_of_column<Type>(left, n_blocks, pass);
+        to[1] = one_of_column<Type>(right, n_blocks, pass);
+        return;
+    }
     int r = 0;
     for (; r + 8 <= pass.n; r += 8) rows_of_columns<Type, 8>(left, right, n_blocks, pass, r, to, stride);
     for (; r + 4 <= pass.n; r += 4) rows_of_columns<Type, 4>(left, right, n_blocks, pass, r, to, stride);

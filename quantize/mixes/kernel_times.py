@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.kernels import LLAMA_VERSION
+from engine.kernels import LLAMA_VERSION, library_path
 from engine.llama import Context, Model, default_threads, without_kernels
 from engine.request import EngineError
 from models.gguf import Header, TensorInfo
@@ -26,6 +26,7 @@ from quantize.errors import QuantizeError
 from quantize.gguf_files.header import Entry, Metadata, lay_out
 from quantize.gguf_files.parts import STORED, Encode, Rows, as_float
 from quantize.measure import Backend
+from quantize.source import digest
 from quantize.speed import decode, processor
 from quantize.steps import write_text
 
@@ -104,8 +105,8 @@ def kernel_times(
     """The times of these types, those not yet in `store` measured; a few seconds each, nothing else running.
 
     `store` is a JSON file for all machines and models: times hold for a processor, its threads, a version of
-    llama.cpp, kernels on or off, and a shape. `encode` makes random rows, as for `write_mixed`. Raises
-    CannotTime, DiskFull.
+    llama.cpp, our kernels as they were compiled, and a shape. `encode` makes random rows, as for `write_mixed`.
+    Raises CannotTime, DiskFull.
     """
     kept = _read(store)
     times = kept.setdefault(_machine(shape, backend), {})
@@ -225,7 +226,7 @@ def _random_rows(width: int, kind: str, encode: Encode) -> bytes:
 def _machine(shape: Shape, backend: Backend) -> str:
     """What times depend on."""
     threads = backend.n_threads or default_threads()
-    kernels = "off" if without_kernels() else "on"
+    kernels = "off" if without_kernels() else digest(library_path())[:12]
     layers = "all" if backend.n_gpu_layers is None else backend.n_gpu_layers
     return (
         f"{processor()}, {threads} threads, GPU layers {layers}, llama-cpp-python {LLAMA_VERSION}, "

@@ -1,6 +1,6 @@
 """Our kernels for blocks of 32 weights give what llama.cpp's gives, to the last bit, for any number of rows.
 
-Attention is llama.cpp's plain one on both sides, so that nothing else differs.
+In a whole model attention is llama.cpp's plain one on both sides, so that nothing else differs.
 """
 
 import subprocess
@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from llama_cpp import llama_cpp as native
 
-from engine.kernels import library_path
+from engine.kernels import calls, library_path
+from tests.engine.ggml_graph import MatmulProcess, Weights
 
 FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "IQ4_NL": 25}  # llama_ftype
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 40, 130)  # tokens of a call: rows below, at and above a pass
@@ -73,3 +74,34 @@ def test_every_number_of_rows_gives_the_bits_that_llama_cpp_gives(quantized, tmp
     assert np.isfinite(ours).all()
     for length, a, b in zip(LENGTHS, ours, theirs, strict=True):
         assert np.array_equal(a, b), f"{length} rows: {np.abs(a - b).max()}"
+
+
+# ggml_type, bytes of a block, numbers of 16 bits at its beginning
+BY_COLUMN = {"Q4_1": (3, 20, 2), "Q5_0": (6, 22, 1), "Q5_1": (7, 24, 2), "Q8_0": (8, 34, 1)}
+
+
+@pytest.mark.skipif(
+    not library_path().is_file() or calls("matmul") < 0, reason="no kernel on this machine, or for its CPU"
+)
+@pytest.mark.parametrize("n_blocks", [1, 2, 3, 16, 17])
+@pytest.mark.parametrize("kind", BY_COLUMN)
+def test_columns_of_any_length_give_a_row_the_same_bits(kind, n_blocks):
+    """The models above have columns of an even number of blocks."""
+    type, n_bytes, n_halves = BY_COLUMN[kind]
+    random = np.random.default_rng(n_blocks)
+    blocks = random.integers(256, size=(6, n_blocks, n_bytes), dtype=np.uint8)
+    halves = random.normal(size=(6, n_blocks, n_halves)).astype(np.float16)
+    blocks[..., : 2 * n_halves] = halves.view(np.uint8)
+    weights = Weights(type, 32 * n_blocks, blocks.reshape(6, -1), False)
+    groups = [random.normal(size=(n, weights.length)).astype(np.float32) for n in (1, 2, 5)]
+    groups += [np.full((1, weights.length), value, np.float32) for value in (0, -3, 1e-39)]
+    ours, theirs = MatmulProcess(with_kernel=True), MatmulProcess(with_kernel=False)
+    try:
+        found, expected = ours.compute(weights, groups), theirs.compute(weights, groups)
+        assert ours.taken in (2, len(groups))  # single rows are taken on some CPUs only
+        assert theirs.taken == 0
+    finally:
+        ours.close()
+        theirs.close()
+    for a, b in zip(found, expected, strict=True):
+        assert np.array_equal(a.view(np.int32), b.view(np.int32)), f"{len(a)} rows: {np.abs(a - b).max()}"
