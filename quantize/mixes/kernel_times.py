@@ -105,7 +105,7 @@ def kernel_times(
     """The times of these types, those not yet in `store` measured; a few seconds each, nothing else running.
 
     `store` is a JSON file for all machines and models: times hold for a processor, its threads, a version of
-    llama.cpp, our kernels as they were compiled, and a shape. `encode` makes random rows, as for `write_mixed`.
+    llama.cpp, our kernels as compiled, and a shape. `encode` makes random rows, as for `write_mixed`.
     Raises CannotTime, DiskFull.
     """
     kept = _read(store)
