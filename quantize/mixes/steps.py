@@ -36,7 +36,7 @@ from quantize.mixes.kernel_times import KernelTimes, Shape, kernel_times
 from quantize.mixes.workshop import SCRATCH, VERSION, WINDOW, Workshop
 from quantize.network.hessian import STORED, Hessians
 from quantize.network.network import Network
-from quantize.network.stream import cut, forward
+from quantize.network.stream import TooFewTokens, cut, forward
 from quantize.report import MixReport, Tried
 from quantize.rounding.exact import OnLattice, held, with_lattices
 from quantize.sensitivity.backward import Sampling, measure_sensitivities
@@ -46,7 +46,7 @@ from quantize.steps import Facts, Step, write_text
 
 SAMPLING = Sampling(n_draws=2)
 #: Changes when the same inputs come to other sensitivities.
-MEASURING = 2
+MEASURING = 3
 #: Types of full precision that are half as large as float32.
 HALVES = "F16", "BF16"
 
@@ -119,14 +119,18 @@ class Mixes:
         return self.request.folder / "calibration.jsonl"
 
     def _windows(self) -> np.ndarray:
-        """(windows, WINDOW) ids of the calibration text."""
-        return cut([conversation.tokens for conversation in read(self._texts)], WINDOW)
+        """(windows, WINDOW) ids of the calibration text, without what files are compared on where it is long
+        enough to do without."""
+        try:
+            return self._workshop.windows()
+        except TooFewTokens:
+            return cut([conversation.tokens for conversation in read(self._texts)], WINDOW)
 
     @cached_property
     def hessians(self) -> Step:
         """Collected anew where a finished run's are gone: they are large, and sensitivities are kept."""
         last = self.hessian_folder / "hessian-head.safetensors"
-        parameters = {"window": WINDOW, "stored": STORED}
+        parameters = {"version": MEASURING, "window": WINDOW, "stored": STORED}
         there = sum(path.stat().st_size for path in self.hessian_folder.glob("*.safetensors"))
         size = max(0, self.request.hessian_bytes - there)
         return Step("hessians", self._collect, parameters, self.ready, (last,), size)

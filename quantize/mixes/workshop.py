@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from engine.llama import default_threads
 from engine.memory import available_memory
 from quantize.calibration.conversation import read
@@ -27,7 +29,7 @@ from quantize.rounding.exact import Exact, OnLattice
 #: Tokens of a window: shorter ones tell more from as many tokens.
 WINDOW = 128
 #: Scored tokens of the calibration text that choose among files, and how much of all these are at most.
-CHOOSING_TOKENS, CHOOSING_SHARE = 2048, 0.25
+CHOOSING_TOKENS, CHOOSING_SHARE = 2048, 0.125
 #: Of free memory what rounding may take, and what of it a weight of the largest matrix and a number of the
 #: widest Hessian do: the matrix, what it is rounded to and its bytes; the factors.
 MEMORY_SHARE, BYTES_A_WEIGHT, BYTES_A_MOMENT = 0.6, 12, 48
@@ -71,10 +73,8 @@ class Workshop:
     def in_order(self, out: Path, types: Mapping[str, str], what: str) -> bool:
         """The same file, which `alone` made, with its layers rounded in their order; False, and no file,
         where no text is left to do that by but what files are compared on."""
-        compared = {tuple(passage.tokens) for passage in self.compared}
-        texts = [text.tokens for text in read(self.texts) if tuple(text.tokens) not in compared]
         try:
-            windows = cut(texts, WINDOW)
+            windows = self.windows()
         except TooFewTokens:
             return False
         key = digest_of(IN_ORDER, self.key, sorted(types.items()), windows)
@@ -98,6 +98,12 @@ class Workshop:
             if wanted[name].key is not None:  # no other file has them
                 self.parts.path(wanted[name]).unlink()
         return True
+
+    def windows(self) -> np.ndarray:
+        """(windows, WINDOW) ids of the calibration text without what files are compared on, which would take
+        those for better that have seen it; raises TooFewTokens."""
+        compared = {tuple(passage.tokens) for passage in self.compared}
+        return cut([text.tokens for text in read(self.texts) if tuple(text.tokens) not in compared], WINDOW)
 
     def judge(self, path: Path) -> float:
         """Mean divergence of a file from the source, on the text that files are compared on."""

@@ -11,13 +11,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from models.store import Store
+from quantize.calibration.conversation import read
 from quantize.errors import QuantizeError
 from quantize.gguf_files import mixed_file
 from quantize.measure import Backend
 from quantize.mixes import steps
 from quantize.mixes.allocate import Mix
 from quantize.mixes.budget import FIT, Budget, InvalidBudget, parse_bits_per_weight, parse_sizes
-from quantize.mixes.workshop import Workshop
+from quantize.mixes.workshop import WINDOW, Workshop
 from quantize.pipeline import run
 from quantize.settings import NeedsCalibration
 from quantize.source import UnusableSource, digest, find
@@ -175,3 +176,21 @@ def test_processes_side_by_side_make_the_same_files(finished, wanted, tmp_path, 
     ]
     assert [file["mix"] for file in losses[0]] == [file["mix"] for file in losses[1]]
     assert 0 < losses[0][0]["mix"]["rounding_loss"] < 1
+
+
+def test_nothing_is_made_by_the_text_that_files_are_compared_on(wanted, tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def measure(_network, windows, *_, **__):
+        raise Seen(windows)
+
+    monkeypatch.setattr(steps, "measure_sensitivities", measure)
+    with pytest.raises(Seen) as seen:
+        run(dataclasses.replace(wanted, out=tmp_path, calibration_tokens=1200))
+    texts = [text.tokens for text in read(tmp_path / "work" / "calibration.jsonl")]
+    used = {tuple(window) for window in seen.value.args[0].tolist()}
+    pieces = [{tuple(text[i : i + WINDOW]) for i in range(len(text) - WINDOW + 1)} for text in texts]
+    held_back = [text for text, piece in zip(texts, pieces, strict=True) if not piece & used]
+    assert texts[0] in held_back
+    assert 0 < sum(map(len, held_back)) < sum(map(len, texts)) / 2
