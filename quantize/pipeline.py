@@ -23,7 +23,7 @@ from quantize.errors import QuantizeError
 from quantize.frame import CannotConverse
 from quantize.mixes import chart
 from quantize.mixes.steps import Mixes
-from quantize.plots import divergence_figure, png, speed_figure, svg, tradeoff_figure
+from quantize.plots import divergence_figure, speed_figure, tradeoff_figure, write_figure
 from quantize.recovery.steps import trained_of
 from quantize.report import (
     FileReport,
@@ -45,7 +45,7 @@ from quantize.samples import Answer
 from quantize.settings import Progress, Settings, silent
 from quantize.source import is_full_precision
 from quantize.speed import Speed, processor
-from quantize.steps import Facts, Ledger, Step, write_bytes, write_text
+from quantize.steps import Facts, Ledger, Step, write_text
 from quantize.structure.report import figures as structure_figures
 from quantize.work import Work
 
@@ -259,13 +259,11 @@ def _write(report: Report, out: Path) -> None:
     figures |= structure_figures(report.structure) if report.structure else {}
     for name, figure in figures.items():
         if figure is not None:
-            write_bytes(out / f"{name}.png", png(figure))
-            write_bytes(out / f"{name}.svg", svg(figure))
+            write_figure(figure, out, name)
     for file in report.files:
         if file.mix is not None:
             figure = chart.figure(f"{report.source.name}, {file.type}", file.mix.tensors)
-            write_bytes(out / f"types-{file.type}.png", png(figure))
-            write_bytes(out / f"types-{file.type}.svg", svg(figure))
+            write_figure(figure, out, f"types-{file.type}")
     write_text(out / "report.json", to_json(report))
     write_text(out / "report.md", card(report))
 

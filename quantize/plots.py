@@ -1,10 +1,11 @@
-"""Plots of a report: divergence against size and against speed, speed against size, as PNG and SVG bytes.
+"""Plots of a report: divergence against size and against speed, speed against size, as PNG and SVG.
 
 Draws without a display and without global state; decides nothing.
 """
 
 import io
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -14,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from matplotlib.transforms import Bbox
 
 from quantize.report import FileReport, Report
+from quantize.steps import write_bytes
 
 INK, ACCENT, OTHER = "#1d2733", "#c2410c", "#2563eb"
 FLOOR = 1e-7  # what is drawn for a divergence of nothing, which has no place on a log scale
@@ -116,6 +118,13 @@ def speed_figure(report: Report) -> Figure:
     return figure
 
 
+def write_figure(figure: Figure, folder: Path, name: str) -> None:
+    """`name`.png and `name`.svg, each whole or not at all; laid out once for both."""
+    write_bytes(folder / f"{name}.png", png(figure))
+    figure.set_layout_engine("none")
+    write_bytes(folder / f"{name}.svg", svg(figure))
+
+
 def png(figure: Figure) -> bytes:
     """Pixels at 144 dots an inch."""
     buffer = io.BytesIO()
@@ -144,7 +153,7 @@ def _figure(ylabel: str):
 def _label(axes, files: Sequence[FileReport], xs: Sequence[float], ys: Sequence[float]) -> None:
     """Name each point where its label hits no other label and no point; a line leads to those further off."""
     canvas = FigureCanvasAgg(axes.figure)
-    canvas.draw()  # lays the axes out, so that points have places in pixels
+    axes.figure.draw_without_rendering()  # lays the axes out, so that points have places in pixels
     dots = [line.get_xydata() for line in axes.lines if line.get_marker() in ("o", "D")]
     points = [(x, y) for line in dots for x, y in line]
     taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in axes.transData.transform(points)]

@@ -22,7 +22,7 @@ from benchmarks.serving.contest import Contestant, Result, Settings, contest, si
 from benchmarks.serving.model_files import NoRoom, model_file, require_room
 from benchmarks.serving.plots import charts
 from benchmarks.serving.report import ModelReport, document, markdown
-from quantize.plots import png, svg
+from quantize.plots import write_figure
 
 DEFAULT_MODEL = "smollm2-135m-instruct:Q4_0"
 
@@ -102,9 +102,7 @@ def write(reports: Sequence[ModelReport], args: argparse.Namespace, settings: Se
     target = args.json or args.out / "serving.json"
     target.write_text(json.dumps(msgspec.to_builtins(document(reports, settings)), indent=1), "utf-8")
     for name, figure in charts(reports[-1]).items():
-        stem = args.out / f"{reports[-1].model.stem}-{name}"
-        stem.with_name(f"{stem.name}.png").write_bytes(png(figure))
-        stem.with_name(f"{stem.name}.svg").write_bytes(svg(figure))
+        write_figure(figure, args.out, f"{reports[-1].model.stem}-{name}")
 
 
 def options(given: Sequence[str]) -> tuple[str, ...]:

@@ -22,10 +22,10 @@ from quantize.checkpoint import Checkpoint
 from quantize.convert import Prepared, prepare
 from quantize.disk import disk_errors
 from quantize.families.supported import recognise
-from quantize.plots import png, svg
+from quantize.plots import write_figure
 from quantize.source import digest
 from quantize.speed import processor
-from quantize.steps import write_bytes, write_text
+from quantize.steps import write_text
 from quantize.tuning.adapter_files import header_of, write_peft
 from quantize.tuning.chats import read_chats
 from quantize.tuning.encoding import Encoded, Encoder, encode
@@ -284,8 +284,6 @@ def _device_name(device: str) -> str:
 
 
 def _write(report: Report, folder: Folder) -> None:
-    figure = curve(report)
-    write_bytes(folder.out / "loss.png", png(figure))
-    write_bytes(folder.out / "loss.svg", svg(figure))
+    write_figure(curve(report), folder.out, "loss")
     write_text(folder.out / "report.json", to_json(report))
     write_text(folder.out / "report.md", page(report))

@@ -12,6 +12,7 @@ import pytest
 from llama_cpp import llama_cpp as native
 
 from engine.kernels import calls, library_path
+from quantize.structure.pruned_file import Pruning
 from tests.engine.ggml_graph import MatmulProcess, Weights
 
 FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "IQ4_NL": 25}  # llama_ftype
@@ -47,13 +48,21 @@ np.save(sys.argv[2], results)
 """
 
 
+@pytest.fixture(scope="module")
+def small(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five layers of the model: all there is to a kernel, in a sixth of the time."""
+    path = tmp_path_factory.mktemp("small") / "small.gguf"
+    Pruning.of(smollm2_gguf, range(5, 30)).write(path)
+    return path
+
+
 @pytest.fixture(scope="module", params=FILE_TYPES)
-def quantized(request, smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quantized(request, small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("quantized") / f"smollm2-{request.param}.gguf"
     parameters = native.llama_model_quantize_default_params()
     parameters.ftype, parameters.allow_requantize = FILE_TYPES[request.param], True
     parameters.nthread, parameters.pure = 2, True  # Q5_K beside IQ4_NL has other bits in llama.cpp
-    assert native.llama_model_quantize(str(smollm2_gguf).encode(), str(path).encode(), parameters) == 0
+    assert native.llama_model_quantize(str(small).encode(), str(path).encode(), parameters) == 0
     return path
 
 

@@ -167,14 +167,12 @@ def test_tensors_of_16_bits_may_stay_as_they_are_but_not_because_memory_is_large
 
 def test_processes_side_by_side_make_the_same_files(finished, wanted, tmp_path, monkeypatch):
     monkeypatch.setattr(mixed_file, "LEAST_TO_SHARE", 0)
-    run(dataclasses.replace(wanted, out=tmp_path, backend=Backend(2)))
-    for label in (SMALL, LARGE):
-        alone, beside = (folder / f"tiny-{label}.gguf" for folder in (finished, tmp_path))
-        assert digest(alone) == digest(beside)
+    run(dataclasses.replace(wanted, out=tmp_path, budgets=wanted.budgets[:1], backend=Backend(2)))
+    assert digest(finished / f"tiny-{SMALL}.gguf") == digest(tmp_path / f"tiny-{SMALL}.gguf")
     losses = [
         json.loads((folder / "report.json").read_text("utf-8"))["files"] for folder in (finished, tmp_path)
     ]
-    assert [file["mix"] for file in losses[0]] == [file["mix"] for file in losses[1]]
+    assert losses[0][0]["mix"] == losses[1][0]["mix"]
     assert 0 < losses[0][0]["mix"]["rounding_loss"] < 1
 
 
