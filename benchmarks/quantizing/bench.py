@@ -80,7 +80,7 @@ class Bench:
 
     @cached_property
     def hessians(self) -> Hessians:
-        """Collected over the calibration text, where that is not done yet."""
+        """Collected over all of the calibration text, where that is not done yet."""
         folder = self.folder / "hessians"
         folder.mkdir(parents=True, exist_ok=True)
         found = Hessians(folder, f"{digest(self.text)} {WINDOW}")

@@ -75,6 +75,15 @@ def wide(on: bool) -> None:
 
 def calls(kernel: Literal["attention", "matmul"]) -> int:
     """How often a kernel has computed in this process; -1: it is not for this kind of CPU."""
-    count = getattr(_library(), f"{kernel}_calls")
-    count.restype = ctypes.c_int64
-    return count()
+    return _number(f"{kernel}_calls")
+
+
+def min_rows() -> int:
+    """Of the activations that weights are multiplied with by these kernels; fewer are llama.cpp's."""
+    return _number("matmul_min_rows")
+
+
+def _number(function: str) -> int:
+    found = getattr(_library(), function)
+    found.restype = ctypes.c_int64
+    return found()

@@ -128,10 +128,14 @@ ggml::cpu::tensor_traits * matmul_for(const ggml_tensor * op) { return supported
 // How often it was called: a way to see that it is in use.
 extern "C" int64_t matmul_calls() { return n_calls.load(std::memory_order_relaxed); }
 
+extern "C" int64_t matmul_min_rows() { return MIN_ROWS; }
+
 #else
 
 ggml::cpu::tensor_traits * matmul_for(const ggml_tensor *) { return nullptr; }
 
 extern "C" int64_t matmul_calls() { return -1; }  // not for this kind of CPU
+
+extern "C" int64_t matmul_min_rows() { return -1; }
 
 #endif

@@ -188,8 +188,8 @@ inline __m128 two_of_each(const uint8_t * left, const uint8_t * right) {
 
 // The same of a single row: a scale and a scaled sum of each of two blocks.
 inline __m128 two_of_each(const Pass & pass, int64_t b) {
-    const __m128d first = _mm_load_sd((const double *) scales(pass, b));
-    return _mm_castpd_ps(_mm_loadh_pd(first, (const double *) scales(pass, b + 1)));
+    const __m128 first = _mm_loadl_pi(_mm_setzero_ps(), (const __m64 *) scales(pass, b));
+    return _mm_loadh_pi(first, (const __m64 *) scales(pass, b + 1));
 }
 
 // One column for a single row. That waits for memory, so it is read as it lies there, two blocks of the column side by

@@ -226,12 +226,16 @@ def _random_rows(width: int, kind: str, encode: Encode) -> bytes:
 def _machine(shape: Shape, backend: Backend) -> str:
     """What times depend on."""
     threads = backend.n_threads or default_threads()
-    kernels = "off" if without_kernels() else digest(library_path())[:12]
     layers = "all" if backend.n_gpu_layers is None else backend.n_gpu_layers
     return (
         f"{processor()}, {threads} threads, GPU layers {layers}, llama-cpp-python {LLAMA_VERSION}, "
-        f"kernels {kernels}, {shape.width} x {shape.inner} x {shape.n_layers}"
+        f"kernels {kernels()}, {shape.width} x {shape.inner} x {shape.n_layers}"
     )
+
+
+def kernels() -> str:
+    """Ours, as they were compiled; or that they are not in use."""
+    return "off" if without_kernels() else digest(library_path())[:12]
 
 
 def _read(store: Path) -> dict[str, dict[str, float]]:

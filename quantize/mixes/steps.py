@@ -32,8 +32,8 @@ from quantize.mixes.candidates import TYPES, Candidates
 from quantize.mixes.encoding import Losses, Nearest
 from quantize.mixes.gains import Sampler, factor, rounding_gains
 from quantize.mixes.in_order import VERSION as IN_ORDER
-from quantize.mixes.kernel_times import KernelTimes, Shape, kernel_times
-from quantize.mixes.workshop import SCRATCH, VERSION, WINDOW, Workshop
+from quantize.mixes.kernel_times import KernelTimes, Shape, kernel_times, kernels
+from quantize.mixes.workshop import CHOOSING_SHARE, CHOOSING_TOKENS, SCRATCH, VERSION, WINDOW, Workshop
 from quantize.network.hessian import STORED, Hessians
 from quantize.network.network import Network
 from quantize.network.stream import TooFewTokens, cut, forward
@@ -45,8 +45,11 @@ from quantize.source import digest
 from quantize.steps import Facts, Step, write_text
 
 SAMPLING = Sampling(n_draws=2)
-#: Changes when the same inputs come to other sensitivities.
+#: Changes when the same inputs come to other sensitivities or Hessians.
 MEASURING = 3
+#: Of the calibration text: a short one is not halved to keep what files are compared on unseen.
+MOST = 0.75
+UNSEEN = MOST, CHOOSING_TOKENS, CHOOSING_SHARE
 #: Types of full precision that are half as large as float32.
 HALVES = "F16", "BF16"
 
@@ -90,6 +93,7 @@ class Mixes:
             "version": MEASURING,
             "types": TYPES,
             "window": WINDOW,
+            "unseen": UNSEEN,
             "sampling": dataclasses.asdict(SAMPLING),
         }
         return Step("sensitivities", self._measure, parameters, self.ready, (self.sensitivity_file,))
@@ -119,18 +123,19 @@ class Mixes:
         return self.request.folder / "calibration.jsonl"
 
     def _windows(self) -> np.ndarray:
-        """(windows, WINDOW) ids of the calibration text, without what files are compared on where it is long
-        enough to do without."""
+        """(windows, WINDOW) ids of the calibration text, if MOST stays without what files are compared on."""
+        everything = cut([conversation.tokens for conversation in read(self._texts)], WINDOW)
         try:
-            return self._workshop.windows()
+            unseen = self._workshop.windows()
         except TooFewTokens:
-            return cut([conversation.tokens for conversation in read(self._texts)], WINDOW)
+            return everything
+        return unseen if len(unseen) >= MOST * len(everything) else everything
 
     @cached_property
     def hessians(self) -> Step:
         """Collected anew where a finished run's are gone: they are large, and sensitivities are kept."""
         last = self.hessian_folder / "hessian-head.safetensors"
-        parameters = {"version": MEASURING, "window": WINDOW, "stored": STORED}
+        parameters = {"version": MEASURING, "window": WINDOW, "unseen": UNSEEN, "stored": STORED}
         there = sum(path.stat().st_size for path in self.hessian_folder.glob("*.safetensors"))
         size = max(0, self.request.hessian_bytes - there)
         return Step("hessians", self._collect, parameters, self.ready, (last,), size)
@@ -218,7 +223,7 @@ class Mixes:
         """Which type each tensor gets."""
         asked: dict[str, Any] = {"budget": dataclasses.asdict(budget), "objective": self.request.objective}
         if self.request.objective != "size":
-            asked["timed_with"] = dataclasses.asdict(self.request.backend)
+            asked["timed_with"] = dataclasses.asdict(self.request.backend) | {"kernels": kernels()}
         needs = (self.sensitivities, self.gains, self.hessians, self.ready[0])
         parameters = {"version": VERSION, **asked}
         return Step(

@@ -10,6 +10,7 @@ from engine.client import Engine
 from engine.llama import Context, Model
 from engine.loop import Loop
 from engine.request import Delta, Done, EngineConfig, EngineError, GenerationRequest, Sampling
+from tests.engine.ggml_graph import MatmulProcess
 
 GREEDY = Sampling(temperature=0)
 
@@ -167,3 +168,19 @@ def drain() -> Callable[..., list[Answer]]:
         return answers
 
     return drain
+
+
+@pytest.fixture(scope="session")
+def our_matmul() -> Iterator[MatmulProcess]:
+    """Weights times rows with our kernels, in a process of its own."""
+    process = MatmulProcess(with_kernel=True)
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def their_matmul() -> Iterator[MatmulProcess]:
+    """The same by llama.cpp's own."""
+    process = MatmulProcess(with_kernel=False)
+    yield process
+    process.close()

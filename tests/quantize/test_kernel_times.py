@@ -64,6 +64,18 @@ def test_a_type_is_measured_once_on_a_machine_and_again_on_another(steps, tmp_pa
     assert all("threads" in key and "llama-cpp-python" in key and "kernels" in key for key in kept)
 
 
+def test_a_type_is_measured_again_when_the_kernels_are_others(steps, tmp_path, monkeypatch):
+    store = tmp_path / "times.json"
+    kernel_times(SMALL, ("Q4_0",), encode, store=store, backend=ALONE)
+    asked, other = len(steps), tmp_path / "libkernels.so"
+    other.write_bytes(b"others")
+    monkeypatch.setattr(timing, "library_path", lambda: other)
+    monkeypatch.setattr(timing, "without_kernels", lambda: None)
+    kernel_times(SMALL, ("Q4_0",), encode, store=store, backend=ALONE)
+    assert len(steps) == 2 * asked
+    assert len(json.loads(store.read_text())) == 2
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"a": 1}', '{"a": {"Q4_0": "fast"}}'])
 def test_a_damaged_store_is_measured_anew(damage, steps, tmp_path):
     store = tmp_path / "times.json"

@@ -19,6 +19,7 @@ from quantize.mixes import steps
 from quantize.mixes.allocate import Mix
 from quantize.mixes.budget import FIT, Budget, InvalidBudget, parse_bits_per_weight, parse_sizes
 from quantize.mixes.workshop import WINDOW, Workshop
+from quantize.network.stream import cut
 from quantize.pipeline import run
 from quantize.settings import NeedsCalibration
 from quantize.source import UnusableSource, digest, find
@@ -176,19 +177,38 @@ def test_processes_side_by_side_make_the_same_files(finished, wanted, tmp_path, 
     assert 0 < losses[0][0]["mix"]["rounding_loss"] < 1
 
 
-def test_nothing_is_made_by_the_text_that_files_are_compared_on(wanted, tmp_path, monkeypatch):
-    class Seen(Exception):
-        pass
+@pytest.fixture
+def measured_on(monkeypatch) -> list:
+    """The windows that sensitivities and Hessians of a run would be of; it stops there."""
+    found = []
 
     def measure(_network, windows, *_, **__):
-        raise Seen(windows)
+        found.append(windows)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(steps, "measure_sensitivities", measure)
-    with pytest.raises(Seen) as seen:
-        run(dataclasses.replace(wanted, out=tmp_path, calibration_tokens=1200))
-    texts = [text.tokens for text in read(tmp_path / "work" / "calibration.jsonl")]
-    used = {tuple(window) for window in seen.value.args[0].tolist()}
-    pieces = [{tuple(text[i : i + WINDOW]) for i in range(len(text) - WINDOW + 1)} for text in texts]
-    held_back = [text for text, piece in zip(texts, pieces, strict=True) if not piece & used]
-    assert texts[0] in held_back
-    assert 0 < sum(map(len, held_back)) < sum(map(len, texts)) / 2
+    return found
+
+
+def texts_of(run_folder: Path) -> list[list[int]]:
+    return [list(text.tokens) for text in read(run_folder / "work" / "calibration.jsonl")]
+
+
+def test_what_files_are_compared_on_has_no_part_in_their_hessians(wanted, tmp_path, monkeypatch, measured_on):
+    compared, plain = [], Workshop.windows
+    monkeypatch.setattr(Workshop, "windows", lambda shop: compared.extend(shop.compared) or plain(shop))
+    with pytest.raises(KeyboardInterrupt):
+        run(dataclasses.replace(wanted, out=tmp_path, calibration_tokens=3000))
+    held_back = [text.tokens for text in compared if len(text.tokens) >= WINDOW]
+    pieces = {tuple(text[i : i + WINDOW]) for text in held_back for i in range(len(text) - WINDOW + 1)}
+    assert pieces
+    assert not pieces & {tuple(window) for window in measured_on[0].tolist()}
+    assert len(measured_on[0]) >= steps.MOST * len(cut(texts_of(tmp_path), WINDOW))
+
+
+def test_short_text_is_not_halved_for_what_files_are_compared_on(wanted, tmp_path, monkeypatch, measured_on):
+    plain = Workshop.windows
+    monkeypatch.setattr(Workshop, "windows", lambda shop: plain(shop)[:1])
+    with pytest.raises(KeyboardInterrupt):
+        run(dataclasses.replace(wanted, out=tmp_path))
+    assert len(measured_on[0]) == len(cut(texts_of(tmp_path), WINDOW)) > 1
