@@ -170,7 +170,7 @@ def drain() -> Callable[..., list[Answer]]:
     return drain
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def our_matmul() -> Iterator[MatmulProcess]:
     """Weights times rows with our kernels, in a process of its own."""
     process = MatmulProcess(with_kernel=True)
@@ -178,7 +178,7 @@ def our_matmul() -> Iterator[MatmulProcess]:
     process.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def their_matmul() -> Iterator[MatmulProcess]:
     """The same by llama.cpp's own."""
     process = MatmulProcess(with_kernel=False)
