@@ -33,7 +33,15 @@ from quantize.mixes.encoding import Losses, Nearest
 from quantize.mixes.gains import Sampler, factor, rounding_gains
 from quantize.mixes.in_order import VERSION as IN_ORDER
 from quantize.mixes.kernel_times import KernelTimes, Shape, kernel_times, kernels
-from quantize.mixes.workshop import CHOOSING_SHARE, CHOOSING_TOKENS, SCRATCH, VERSION, WINDOW, Workshop
+from quantize.mixes.workshop import (
+    CHOOSING_SHARE,
+    CHOOSING_TOKENS,
+    JUDGING,
+    SCRATCH,
+    VERSION,
+    WINDOW,
+    Workshop,
+)
 from quantize.network.hessian import STORED, Hessians
 from quantize.network.network import Network
 from quantize.network.stream import TooFewTokens, cut, forward
@@ -225,7 +233,7 @@ class Mixes:
         if self.request.objective != "size":
             asked["timed_with"] = dataclasses.asdict(self.request.backend) | {"kernels": kernels()}
         needs = (self.sensitivities, self.gains, self.hessians, self.ready[0])
-        parameters = {"version": VERSION, **asked}
+        parameters = {"version": VERSION, "judging": JUDGING, **asked}
         return Step(
             f"mix-{budget.label}", lambda: self._plan(budget), parameters, needs, (self._plan_file(budget),)
         )
@@ -320,7 +328,7 @@ class Mixes:
     def file(self, budget: Budget, out: Path) -> Step:
         """The file itself, every tensor rounded as well as can be."""
         plan = self.plan(budget)
-        parameters = {"version": VERSION, "in_order": IN_ORDER}
+        parameters = {"version": VERSION, "judging": JUDGING, "in_order": IN_ORDER}
         size = int(0.9 * min(budget.file_bytes or 0, self.request.most_bytes))
         needs = (plan, self.hessians, self.ready[0])
         return Step(

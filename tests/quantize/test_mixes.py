@@ -5,17 +5,20 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import gguf
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 from models.store import Store
 from quantize.calibration.conversation import read
+from quantize.divergence import TokenScores
 from quantize.errors import QuantizeError
 from quantize.gguf_files import mixed_file
 from quantize.measure import Backend
-from quantize.mixes import steps
+from quantize.mixes import steps, workshop
 from quantize.mixes.allocate import Mix
 from quantize.mixes.budget import FIT, Budget, InvalidBudget, parse_bits_per_weight, parse_sizes
 from quantize.mixes.workshop import WINDOW, Workshop
@@ -212,3 +215,12 @@ def test_short_text_is_not_halved_for_what_files_are_compared_on(wanted, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         run(dataclasses.replace(wanted, out=tmp_path))
     assert len(measured_on[0]) == len(cut(texts_of(tmp_path), WINDOW)) > 1
+
+
+def test_one_token_that_goes_wrong_does_not_choose_between_files(tmp_path, monkeypatch):
+    kl = np.array([0.25, 0.25, 15.5])
+    found = [TokenScores(kl, *[kl] * (len(dataclasses.fields(TokenScores)) - 1))]
+    monkeypatch.setattr(workshop, "token_scores", lambda *_, **__: found)
+    monkeypatch.setattr(workshop, "write_reference", lambda *_, **__: None)
+    shop = mock.Mock(tries=tmp_path, key="k", compared=[])
+    assert Workshop.judge(shop, tmp_path / "file.gguf") == pytest.approx(0.5)
