@@ -1,12 +1,12 @@
 // Weights in blocks of 256, Q4_K, Q5_K and Q6_K, times rows of activations.
 //
 // Why it is here. One row costs llama.cpp little more than the time in which the weights come from memory (asking for
-// them ahead gains the rest). More rows cost it their number of unpackings: its kernels for groups of rows start at four (Q4_K, which it keeps repacked) and eight (the
-// others), are not much faster, and add up floats in another order, so that a row gets other bits beside others than
-// alone. Here a block is unpacked once for up to 16 rows, and every row gets the bits that llama.cpp's kernel for one
-// row gives it. For that only the few operations on floats must be the same in the same order (per block of 256:
-// integer to float, scale times scale, a fused multiply-add); integers are exact however they are added up, as long
-// as nothing overflows:
+// them ahead gains the rest). More rows cost it their number of unpackings: its kernels for groups of rows start at
+// four (Q4_K, which it keeps repacked) and eight (the others), are not much faster, and add up floats in another
+// order, so that a row gets other bits beside others than alone. Here a block is unpacked once for up to 16 rows, and
+// every row gets the bits that llama.cpp's kernel for one row gives it. For that only the few operations on floats
+// must be the same in the same order (per block of 256: integer to float, scale times scale, a fused multiply-add);
+// integers are exact however they are added up, as long as nothing overflows:
 //
 // - Activations are -127 to 127, scaled so that the largest becomes -127 or 127. Which of the two depends on what
 //   finds it, but both the integers and the scale change their sign, which cancels out without a rounding.

@@ -213,7 +213,8 @@ inline float one_of_column(const uint8_t * block, int64_t n_blocks, const Pass &
         const __m128 of_weights = two_of_each(block, next), of_row = two_of_each(pass, b);
         const __m128 scale = _mm_mul_ps(of_weights, of_row);
         acc = _mm256_fmadd_ps(_mm256_broadcastss_ps(scale), _mm512_castps512_ps256(products), acc);
-        acc = _mm256_fmadd_ps(_mm256_broadcastss_ps(_mm_movehl_ps(scale, scale)), _mm512_extractf32x8_ps(products, 1), acc);
+        const __m256 next_scale = _mm256_broadcastss_ps(_mm_movehl_ps(scale, scale));
+        acc = _mm256_fmadd_ps(next_scale, _mm512_extractf32x8_ps(products, 1), acc);
         if (Type::LOWEST) {
             lowest = _mm_fmadd_ss(_mm_movehdup_ps(of_weights), _mm_movehdup_ps(of_row), lowest);
             lowest = _mm_fmadd_ss(_mm_permute_ps(of_weights, 3), _mm_permute_ps(of_row, 3), lowest);

@@ -17,7 +17,6 @@ import numpy as np
 
 from engine.llama import gpu_name
 from models.gguf import read_header
-from quantize.calibration.conversation import read
 from quantize.calibration.imatrix import ImportanceMatrix
 from quantize.gguf_files.header import padded
 from quantize.gguf_files.mixed_file import (
@@ -33,18 +32,10 @@ from quantize.mixes.encoding import Losses, Nearest
 from quantize.mixes.gains import Sampler, factor, rounding_gains
 from quantize.mixes.in_order import VERSION as IN_ORDER
 from quantize.mixes.kernel_times import KernelTimes, Shape, kernel_times, kernels
-from quantize.mixes.workshop import (
-    CHOOSING_SHARE,
-    CHOOSING_TOKENS,
-    JUDGING,
-    SCRATCH,
-    VERSION,
-    WINDOW,
-    Workshop,
-)
+from quantize.mixes.workshop import JUDGING, SCRATCH, UNSEEN, VERSION, WINDOW, Workshop
 from quantize.network.hessian import STORED, Hessians
 from quantize.network.network import Network
-from quantize.network.stream import TooFewTokens, cut, forward
+from quantize.network.stream import forward
 from quantize.report import MixReport, Tried
 from quantize.rounding.exact import OnLattice, held, with_lattices
 from quantize.sensitivity.backward import Sampling, measure_sensitivities
@@ -55,9 +46,6 @@ from quantize.steps import Facts, Step, write_text
 SAMPLING = Sampling(n_draws=2)
 #: Changes when the same inputs come to other sensitivities or Hessians.
 MEASURING = 3
-#: Of the calibration text: a short one is not halved to keep what files are compared on unseen.
-MOST = 0.75
-UNSEEN = MOST, CHOOSING_TOKENS, CHOOSING_SHARE
 #: Types of full precision that are half as large as float32.
 HALVES = "F16", "BF16"
 
@@ -112,7 +100,7 @@ class Mixes:
         return self.request.folder / "sensitivities.npz"
 
     def _measure(self) -> Facts:
-        windows = self._windows()
+        windows = self._workshop.windows()
         found = measure_sensitivities(
             Network.open(self.request.source),
             windows,
@@ -130,15 +118,6 @@ class Mixes:
     def _texts(self) -> Path:
         return self.request.folder / "calibration.jsonl"
 
-    def _windows(self) -> np.ndarray:
-        """(windows, WINDOW) ids of the calibration text, if MOST stays without what files are compared on."""
-        everything = cut([conversation.tokens for conversation in read(self._texts)], WINDOW)
-        try:
-            unseen = self._workshop.windows()
-        except TooFewTokens:
-            return everything
-        return unseen if len(unseen) >= MOST * len(everything) else everything
-
     @cached_property
     def hessians(self) -> Step:
         """Collected anew where a finished run's are gone: they are large, and sensitivities are kept."""
@@ -150,7 +129,7 @@ class Mixes:
 
     def _collect(self) -> Facts:
         network = Network.open(self.request.source)
-        forward(network, self._windows(), hessians=self._hessians, progress=self.request.progress)
+        forward(network, self._workshop.windows(), hessians=self._hessians, progress=self.request.progress)
         return {}
 
     @property

@@ -31,7 +31,12 @@ from quantize.rounding.exact import Exact, OnLattice
 WINDOW = 128
 #: Scored tokens of the calibration text that choose among files, and how much of all these are at most.
 CHOOSING_TOKENS, CHOOSING_SHARE = 2048, 0.125
-#: What a token counts at most there: of 2,000 tokens one that goes wrong by 15 nats would decide alone.
+#: Of the calibration text: a short one is not halved to keep what files are compared on unseen.
+MOST = 0.75
+#: What tells which text sensitivities and Hessians are of.
+UNSEEN = MOST, CHOOSING_TOKENS, CHOOSING_SHARE
+#: What a token counts at most where files are compared: of 2,000 tokens one that goes wrong by 15 nats
+#: would decide alone.
 MOST_NATS = 1.0
 #: Changes when files are compared otherwise.
 JUDGING = 2
@@ -79,7 +84,7 @@ class Workshop:
         """The same file, which `alone` made, with its layers rounded in their order; False, and no file,
         where no text is left to do that by but what files are compared on."""
         try:
-            windows = self.windows()
+            windows = self.unseen()
         except TooFewTokens:
             return False
         key = digest_of(IN_ORDER, self.key, sorted(types.items()), windows)
@@ -105,8 +110,17 @@ class Workshop:
         return True
 
     def windows(self) -> np.ndarray:
-        """(windows, WINDOW) ids of the calibration text without what files are compared on, which would take
-        those for better that have seen it; raises TooFewTokens."""
+        """(windows, WINDOW) ids of the calibration text, if MOST stays without what files are compared on."""
+        everything = cut([text.tokens for text in read(self.texts)], WINDOW)
+        try:
+            unseen = self.unseen()
+        except TooFewTokens:
+            return everything
+        return unseen if len(unseen) >= MOST * len(everything) else everything
+
+    def unseen(self) -> np.ndarray:
+        """The same without what files are compared on, which would take those for better that have seen it;
+        raises TooFewTokens."""
         compared = {tuple(passage.tokens) for passage in self.compared}
         return cut([text.tokens for text in read(self.texts) if tuple(text.tokens) not in compared], WINDOW)
 

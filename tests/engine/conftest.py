@@ -173,14 +173,12 @@ def drain() -> Callable[..., list[Answer]]:
 @pytest.fixture(scope="module")
 def our_matmul() -> Iterator[MatmulProcess]:
     """Weights times rows with our kernels, in a process of its own."""
-    process = MatmulProcess(with_kernel=True)
-    yield process
-    process.close()
+    with MatmulProcess(with_kernel=True) as process:
+        yield process
 
 
 @pytest.fixture(scope="module")
 def their_matmul() -> Iterator[MatmulProcess]:
     """The same by llama.cpp's own."""
-    process = MatmulProcess(with_kernel=False)
-    yield process
-    process.close()
+    with MatmulProcess(with_kernel=False) as process:
+        yield process

@@ -10,6 +10,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from llama_cpp import llama_cpp as native
@@ -252,7 +253,10 @@ class _KernelProcess:
         self._pool = ProcessPoolExecutor(1, spawn, initializer=_start, initargs=(with_kernel, wide))
         self.taken = 0  # by the kernel, of the calls of the last compute()
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End the process."""
         self._pool.shutdown()
 

@@ -32,25 +32,22 @@ TOLERANCE = 1e-5  # of values of order 1; llama.cpp's own sums in 16 bits are of
 @pytest.fixture(scope="module", params=[False, True], ids=["32 bits", "64 bits"])
 def kernel(request: pytest.FixtureRequest) -> Iterator[AttentionProcess]:
     """A process that computes with the kernel, and sums in so many bits."""
-    process = AttentionProcess(with_kernel=True, wide=request.param)
-    yield process
-    process.close()
+    with AttentionProcess(with_kernel=True, wide=request.param) as process:
+        yield process
 
 
 @pytest.fixture(scope="module")
 def wide() -> Iterator[AttentionProcess]:
     """A process that computes with the kernel, and sums in 64 bits."""
-    process = AttentionProcess(with_kernel=True, wide=True)
-    yield process
-    process.close()
+    with AttentionProcess(with_kernel=True, wide=True) as process:
+        yield process
 
 
 @pytest.fixture(scope="module")
 def bare() -> Iterator[AttentionProcess]:
     """A process with llama.cpp's own attention."""
-    process = AttentionProcess(with_kernel=False)
-    yield process
-    process.close()
+    with AttentionProcess(with_kernel=False) as process:
+        yield process
 
 
 def close(got: np.ndarray, call: Call, tolerance: float = TOLERANCE) -> None:

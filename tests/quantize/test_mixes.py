@@ -198,20 +198,20 @@ def texts_of(run_folder: Path) -> list[list[int]]:
 
 
 def test_what_files_are_compared_on_has_no_part_in_their_hessians(wanted, tmp_path, monkeypatch, measured_on):
-    compared, plain = [], Workshop.windows
-    monkeypatch.setattr(Workshop, "windows", lambda shop: compared.extend(shop.compared) or plain(shop))
+    compared, plain = [], Workshop.unseen
+    monkeypatch.setattr(Workshop, "unseen", lambda shop: compared.extend(shop.compared) or plain(shop))
     with pytest.raises(KeyboardInterrupt):
         run(dataclasses.replace(wanted, out=tmp_path, calibration_tokens=3000))
     held_back = [text.tokens for text in compared if len(text.tokens) >= WINDOW]
     pieces = {tuple(text[i : i + WINDOW]) for text in held_back for i in range(len(text) - WINDOW + 1)}
     assert pieces
     assert not pieces & {tuple(window) for window in measured_on[0].tolist()}
-    assert len(measured_on[0]) >= steps.MOST * len(cut(texts_of(tmp_path), WINDOW))
+    assert len(measured_on[0]) >= workshop.MOST * len(cut(texts_of(tmp_path), WINDOW))
 
 
 def test_short_text_is_not_halved_for_what_files_are_compared_on(wanted, tmp_path, monkeypatch, measured_on):
-    plain = Workshop.windows
-    monkeypatch.setattr(Workshop, "windows", lambda shop: plain(shop)[:1])
+    plain = Workshop.unseen
+    monkeypatch.setattr(Workshop, "unseen", lambda shop: plain(shop)[:1])
     with pytest.raises(KeyboardInterrupt):
         run(dataclasses.replace(wanted, out=tmp_path))
     assert len(measured_on[0]) == len(cut(texts_of(tmp_path), WINDOW)) > 1
