@@ -10,7 +10,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,9 @@ WIDEST_BLOCK = 256
 #: What the constant part of a step is told from, beside a file of almost no feed-forward.
 REFERENCE = "Q8_0"
 WARM_UP, TOKENS, LEAST_TOKENS = 4, 48, 8
-MOST_S = 2.0  # a type, once the file is loaded
+MOST_S = 1.0  # a type in a round, once the file is loaded
+#: All types are timed in turn so many times: what slows the machine for a while must not slow one type alone.
+ROUNDS = 5
 N_VOCAB, HEAD_LENGTH, TILE_ROWS = 32, 64, 32
 KEY = "constant"  # milliseconds of a step beside its feed-forward, among the types of the file
 LOOKUPS = ("token_embd.weight", "per_layer_token_embd.weight", "position_embd.weight", "token_types.weight")
@@ -100,38 +102,50 @@ def weights_read(header: Header, tensor: TensorInfo) -> float:
 
 
 def kernel_times(
-    shape: Shape, types: Sequence[str], encode: Encode, *, store: Path, backend: Backend
+    shape: Shape,
+    types: Sequence[str],
+    encode: Encode,
+    *,
+    store: Path,
+    backend: Backend,
+    progress: Callable[[int, int], None] = lambda _done, _of: None,
 ) -> KernelTimes:
     """The times of these types, those not yet in `store` measured; a few seconds each, nothing else running.
 
     `store` is a JSON file for all machines and models: times hold for a processor, its threads, a version of
-    llama.cpp, our kernels as compiled, and a shape. `encode` makes random rows, as for `write_mixed`.
-    Raises CannotTime, DiskFull.
+    llama.cpp, our kernels as compiled, and a shape. `encode` makes random rows, as for `write_mixed`;
+    `progress` is told steps done and how many there are. Raises CannotTime, DiskFull.
     """
     kept = _read(store)
     times = kept.setdefault(_machine(shape, backend), {})
     for kind in types:
         if kind not in TensorType.__members__:
             raise CannotTime(kind, "it is no tensor type")
-        if kind in times:
-            continue
-        if KEY not in times:
-            times |= _reference(shape, encode, backend)
-            write_text(store, json.dumps(kept, indent=1, sort_keys=True))
-        if kind not in times:
-            step = _step_ms(shape, kind, encode, backend)
-            times[kind] = max(0.0, step - times[KEY]) / shape.n_weights * 1e6
-            write_text(store, json.dumps(kept, indent=1, sort_keys=True))
+    if missing := [kind for kind in types if kind not in times]:
+        times |= _measure(shape, missing, encode, backend, progress)
+        write_text(store, json.dumps(kept, indent=1, sort_keys=True))
     return KernelTimes({kind: times[kind] for kind in types})
 
 
-def _reference(shape: Shape, encode: Encode, backend: Backend) -> dict[str, float]:
-    """The constant part, and the type that it was told with: two files that differ in their width alone."""
+def _measure(
+    shape: Shape, types: Sequence[str], encode: Encode, backend: Backend, progress: Callable[[int, int], None]
+) -> dict[str, float]:
+    """The constant part, told by two files that differ in their width alone, and what each type takes
+    beside it: each file's median over the rounds."""
     small = Shape(shape.width, WIDEST_BLOCK, shape.n_layers)
-    short, long = (_step_ms(each, REFERENCE, encode, backend) for each in (small, shape))
+    kinds = list(dict.fromkeys((REFERENCE, *types)))
+    files = [(small, REFERENCE), *((shape, kind) for kind in kinds)]
+    taken: list[list[float]] = [[] for _ in files]
+    for done in range(ROUNDS * len(files)):
+        progress(done, ROUNDS * len(files))
+        turn = done % len(files)
+        taken[turn].append(_step_ms(*files[turn], encode, backend))
+    short, *steps = map(statistics.median, taken)
     more = shape.n_weights - small.n_weights
-    each = max(0.0, long - short) / more if more else long / shape.n_weights
-    return {KEY: max(0.0, long - each * shape.n_weights), REFERENCE: each * 1e6}
+    a_weight = max(0.0, steps[0] - short) / more if more else steps[0] / shape.n_weights
+    constant = max(0.0, steps[0] - a_weight * shape.n_weights)
+    per_million = [max(0.0, step - constant) / shape.n_weights * 1e6 for step in steps]
+    return {KEY: constant, **dict(zip(kinds, per_million, strict=True))}
 
 
 def _step_ms(shape: Shape, kind: str, encode: Encode, backend: Backend) -> float:

@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -273,10 +273,10 @@ class Mixes:
             return None
         header = read_header(self.request.source)
         kinds = dict.fromkeys(kind for each in self._choices.values() for kind in each)
-        self.request.progress("timing the types on this machine", 0, None)
         return kernel_times(
             Shape.like(header), [*kinds], Nearest(Candidates({})),
             store=self.request.times, backend=self.request.backend,
+            progress=partial(self.request.progress, "timing the types on this machine"),
         )  # fmt: skip
 
     def _try(self, mixes: Sequence[Mix]) -> list[float]:

@@ -46,7 +46,26 @@ def test_times_are_solved_so_that_all_but_the_feed_forward_cancels(steps, tmp_pa
     bits = {name: TensorType[name].bits_per_weight for name in types}
     expected = {name: bits[name] / 8 * 10 * (2 if name == "Q4_1" else 1) for name in types}
     assert found == pytest.approx(expected)
-    assert steps == ["Q8_0 256", "Q8_0 512", "Q4_0 512", "Q4_1 512", "F16 512"]
+    assert steps == timing.ROUNDS * ["Q8_0 256", "Q8_0 512", "Q4_0 512", "Q4_1 512", "F16 512"]
+
+
+def test_a_while_in_which_the_machine_is_slow_tells_nothing_of_a_type(monkeypatch, tmp_path):
+    asked = []
+
+    def step_ms(shape, kind, *_):
+        asked.append(kind)
+        slow = 4 if 6 <= len(asked) < 12 else 1  # one round and a half of five
+        return slow * (5 + shape.n_weights * TensorType[kind].bits_per_weight / 8 * 1e-5)
+
+    monkeypatch.setattr(timing, "_step_ms", step_ms)
+    told = []
+    found = kernel_times(
+        SMALL, ("Q4_0", "Q4_1"), encode, store=tmp_path / "times.json", backend=ALONE,
+        progress=lambda *each: told.append(each),
+    )  # fmt: skip
+    expected = {name: TensorType[name].bits_per_weight / 8 * 10 for name in ("Q4_0", "Q4_1")}
+    assert found.per_million == pytest.approx(expected)
+    assert told == [(done, 20) for done in range(20)]
 
 
 def test_a_type_is_measured_once_on_a_machine_and_again_on_another(steps, tmp_path):
@@ -56,9 +75,10 @@ def test_a_type_is_measured_once_on_a_machine_and_again_on_another(steps, tmp_pa
     assert kernel_times(SMALL, ("Q4_0", "Q8_0"), encode, store=store, backend=ALONE) == first
     assert len(steps) == asked
     kernel_times(SMALL, ("Q4_0", "Q5_0"), encode, store=store, backend=ALONE)
-    assert steps[asked:] == ["Q5_0 512"]
+    assert steps[asked:] == timing.ROUNDS * ["Q8_0 256", "Q8_0 512", "Q5_0 512"]
+    asked = len(steps)
     kernel_times(SMALL, ("Q4_0",), encode, store=store, backend=Backend(2, 0))
-    assert steps[asked + 1 :] == ["Q8_0 256", "Q8_0 512", "Q4_0 512"]
+    assert steps[asked:] == timing.ROUNDS * ["Q8_0 256", "Q8_0 512", "Q4_0 512"]
     kept = json.loads(store.read_text())
     assert len(kept) == 2
     assert all("threads" in key and "llama-cpp-python" in key and "kernels" in key for key in kept)
@@ -88,12 +108,13 @@ def test_a_damaged_store_is_measured_anew(damage, steps, tmp_path):
 
 def test_types_that_cannot_be_timed_are_refused_by_name_and_what_was_measured_is_kept(steps, tmp_path):
     store = tmp_path / "times.json"
+    found = kernel_times(SMALL, ("Q4_0",), encode, store=store, backend=ALONE)
     with pytest.raises(CannotTime, match=r"Q4_K_M cannot be timed on this machine: it is no tensor type"):
         kernel_times(SMALL, ("Q4_0", "Q4_K_M"), encode, store=store, backend=ALONE)
     with pytest.raises(QuantizeError, match="IQ1_S cannot be made without an importance matrix"):
         kernel_times(SMALL, ("IQ1_S",), encode, store=store, backend=ALONE)
     asked = len(steps)
-    found = kernel_times(SMALL, ("Q4_0",), encode, store=store, backend=ALONE)
+    assert kernel_times(SMALL, ("Q4_0",), encode, store=store, backend=ALONE) == found
     assert len(steps) == asked
     header = read_header(write(tmp_path, "Q4_0"))
     with pytest.raises(CannotTime, match=r"Q5_0 cannot be timed .* not among the types"):
