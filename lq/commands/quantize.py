@@ -80,7 +80,8 @@ def quantize(
         Objective,
         typer.Option(
             "--objective",
-            help="What files within a budget are chosen for: closeness, speed here, or both.",
+            help="What files within a budget are chosen for: closeness alone, or speed here too, for a tenth "
+            "more divergence at most (balanced) or twice as much (speed).",
         ),
     ] = "size",
     explore: Annotated[

@@ -19,7 +19,7 @@ __all__ = ["Allocation", "Choice", "Interactions", "Mix", "Objective", "Tensor",
 
 Objective = Literal["size", "balanced", "speed"]
 #: Of the divergence of the size objective's mix, what the others may give for speed.
-ALLOWANCE: dict[Objective, float] = {"size": 1.0, "balanced": 1.1, "speed": 1.5}
+ALLOWANCE: dict[Objective, float] = {"size": 1.0, "balanced": 1.1, "speed": 2.0}
 #: Mixes that are offered for a measurement beside the best: each that differs has to be rounded for it.
 RUNNERS_UP = 2
 #: Runner-ups differ from all before them in tensors that hold so much of the bytes: less is not measurable.
