@@ -31,8 +31,10 @@ from quantize.mixes.candidates import TYPES, Candidates
 from quantize.mixes.encoding import Losses, Nearest
 from quantize.mixes.gains import Sampler, factor, rounding_gains
 from quantize.mixes.in_order import VERSION as IN_ORDER
+from quantize.mixes.judging import VERSION as JUDGING
+from quantize.mixes.judging import ratio
 from quantize.mixes.kernel_times import KernelTimes, Shape, kernel_times, kernels
-from quantize.mixes.workshop import JUDGING, SCRATCH, UNSEEN, VERSION, WINDOW, Workshop
+from quantize.mixes.workshop import SCRATCH, UNSEEN, VERSION, WINDOW, Workshop
 from quantize.network.hessian import STORED, Hessians
 from quantize.network.network import Network
 from quantize.network.stream import forward
@@ -227,9 +229,10 @@ class Mixes:
         weight = speed_weight(tensors, left, self.request.objective)
         allocation = allocate(tensors, left, interactions=_interactions(found, tensors), weight=weight)
         mixes = [allocation.best, *allocation.runners_up]
-        measured = self._try(mixes)
+        judged = self._try(mixes)
+        measured = [float(np.mean(judged[0])) * ratio(each, judged[0]) for each in judged]
         best = chosen(mixes, measured, weight)
-        plan = {"types": mixes[best].types, "measured": measured[best]}
+        plan = {"types": mixes[best].types, "measured": measured[best], "judged": judged[best]}
         write_text(self._plan_file(budget), json.dumps(plan, indent=1))
         return {
             "chosen": best,
@@ -279,8 +282,8 @@ class Mixes:
             progress=partial(self.request.progress, "timing the types on this machine"),
         )  # fmt: skip
 
-    def _try(self, mixes: Sequence[Mix]) -> list[float]:
-        """Mean divergence of mixes on some of the calibration text."""
+    def _try(self, mixes: Sequence[Mix]) -> list[list[float]]:
+        """Divergences of mixes, by piece of some calibration text."""
         found, shop = [], self._workshop
         for number, mix in enumerate(mixes):
             out = shop.tries / "try.gguf"
@@ -320,7 +323,7 @@ class Mixes:
         losses = shop.alone(out, types, f"rounding {out.name}")
         compared, again = [plan["measured"]], shop.tries / "in-order.gguf"
         if shop.in_order(again, types, f"rounding {out.name} in order"):
-            compared.append(shop.judge(again))
+            compared.append(plan["measured"] * ratio(shop.judge(again), plan["judged"]))
             if compared[1] < compared[0]:
                 shutil.move(again, out)
             again.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from quantize.mixes.candidates import Candidates
 from quantize.mixes.encoding import Best, Losses, one_thread
 from quantize.mixes.in_order import VERSION as IN_ORDER
 from quantize.mixes.in_order import InOrder
+from quantize.mixes.judging import pieces
 from quantize.network.hessian import Hessians, input_of
 from quantize.network.network import EMBEDDING, lookups
 from quantize.network.stream import TooFewTokens, cut, digest_of
@@ -35,11 +36,6 @@ CHOOSING_TOKENS, CHOOSING_SHARE = 2048, 0.125
 MOST = 0.75
 #: What tells which text sensitivities and Hessians are of.
 UNSEEN = MOST, CHOOSING_TOKENS, CHOOSING_SHARE
-#: What a token counts at most where files are compared: of 2,000 tokens one that goes wrong by 15 nats
-#: would decide alone.
-MOST_NATS = 1.0
-#: Changes when files are compared otherwise.
-JUDGING = 2
 #: Of free memory what rounding may take, and what of it a weight of the largest matrix and a number of the
 #: widest Hessian do: the matrix, what it is rounded to and its bytes; the factors.
 MEMORY_SHARE, BYTES_A_WEIGHT, BYTES_A_MOMENT = 0.6, 12, 48
@@ -124,14 +120,13 @@ class Workshop:
         compared = {tuple(passage.tokens) for passage in self.compared}
         return cut([text.tokens for text in read(self.texts) if tuple(text.tokens) not in compared], WINDOW)
 
-    def judge(self, path: Path) -> float:
-        """Mean divergence of a file from the source, on the text that files are compared on; of a token
-        MOST_NATS at most."""
+    def judge(self, path: Path) -> list[float]:
+        """Mean divergences of a file from the source, by piece of the text that files are compared on."""
         reference = self.tries / f"reference-{self.key[:16]}.f32"
         if not reference.exists():  # of another file of this run
             write_reference(self.source.path, self.compared, reference, backend=self.backend)
         scores = join(token_scores(path, self.compared, reference, backend=self.backend))
-        return float(np.minimum(scores.kl, MOST_NATS).mean())
+        return pieces(scores.kl)
 
     @cached_property
     def compared(self) -> Sequence[Passage]:

@@ -21,6 +21,7 @@ from quantize.measure import Backend
 from quantize.mixes import steps, workshop
 from quantize.mixes.allocate import Mix
 from quantize.mixes.budget import FIT, Budget, InvalidBudget, parse_bits_per_weight, parse_sizes
+from quantize.mixes.judging import PIECE, pieces, ratio
 from quantize.mixes.workshop import WINDOW, Workshop
 from quantize.network.stream import cut
 from quantize.pipeline import run
@@ -80,7 +81,7 @@ def test_layers_are_rounded_in_order_and_the_closer_file_is_kept(finished):
 def test_layers_rounded_in_order_are_not_used_where_they_are_no_closer(copy, wanted, monkeypatch):
     budgets = parse_bits_per_weight("5")
     judged = itertools.count(1)  # the mixes, and last the best of them with its layers in order
-    monkeypatch.setattr(Workshop, "judge", lambda _, path: path.exists() and next(judged))
+    monkeypatch.setattr(Workshop, "judge", lambda _, path: [path.exists() * next(judged)])
     report = run(dataclasses.replace(wanted, out=copy, budgets=budgets))
     assert report.files[0].mix is not None
     alone, in_order = report.files[0].mix.compared
@@ -217,10 +218,24 @@ def test_short_text_is_not_halved_for_what_files_are_compared_on(wanted, tmp_pat
     assert len(measured_on[0]) == len(cut(texts_of(tmp_path), WINDOW)) > 1
 
 
-def test_one_token_that_goes_wrong_does_not_choose_between_files(tmp_path, monkeypatch):
-    kl = np.array([0.25, 0.25, 15.5])
-    found = [TokenScores(kl, *[kl] * (len(dataclasses.fields(TokenScores)) - 1))]
-    monkeypatch.setattr(workshop, "token_scores", lambda *_, **__: found)
+def test_text_at_which_a_file_stumbles_does_not_choose_between_files(tmp_path, monkeypatch):
+    kl = np.random.default_rng(1).gamma(1, 0.01, (2, 10 * PIECE))
+    kl[1] = 0.9 * kl[0]
+    kl[1, 70:90] = 15.0  # closer, but for a piece
+    scores = iter(kl)
+    n_fields = len(dataclasses.fields(TokenScores))
+    monkeypatch.setattr(workshop, "token_scores", lambda *_, **__: [TokenScores(*[next(scores)] * n_fields)])
     monkeypatch.setattr(workshop, "write_reference", lambda *_, **__: None)
     shop = mock.Mock(tries=tmp_path, key="k", compared=[])
-    assert Workshop.judge(shop, tmp_path / "file.gguf") == pytest.approx(0.5)
+    plain, stumbling = (Workshop.judge(shop, tmp_path / "file.gguf") for _ in range(2))
+    assert np.mean(stumbling) > 2 * np.mean(plain)
+    assert ratio(stumbling, plain) == pytest.approx(0.9)
+
+
+def test_pieces_are_of_all_tokens_and_a_file_that_is_its_source_can_be_compared():
+    kl = np.random.default_rng(2).gamma(1, 0.01, 3 * PIECE + 5)
+    found = pieces(kl)
+    assert len(found) == 3
+    assert np.average(found, weights=[66, 66, 65]) == pytest.approx(kl.mean())
+    assert pieces(np.array([0.25, 15.5])) == [0.625]
+    assert ratio([0.0], [0.0]) == 1.0
