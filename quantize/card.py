@@ -157,7 +157,7 @@ def _mixes(report: Report) -> Iterable[str]:
             alone, again = mix.compared
             told += (
                 ". Layers were then rounded in their order, each for what those before it now put out: "
-                f"KLD {number(alone)} -> {number(again)} on some calibration text, by its median piece"
+                f"KLD {number(alone)} -> {number(again)} on calibration text, in the middle half of it"
                 f"{'' if again < alone else ', so that was not used'}"
             )
         yield f"### {file.type}"

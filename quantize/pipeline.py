@@ -5,7 +5,6 @@ goes on at the step where it stopped; a run with other parameters redoes only wh
 """
 
 import platform
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -101,7 +100,7 @@ class _Run:
         importance = self.ensure(work.importance) if work.importance else None
         explored = self.ensure(work.transforms.explored) if work.transforms else None
         made = {kind: self.ensure(work.made(kind)) for kind in settings.labels}
-        _clear_mixes(work)  # before the source's predictions, which are as large
+        Mixes.clear(work.folder)  # before the source's predictions, which are as large
         files = tuple(self._file(kind, facts) for kind, facts in made.items())
         structure = work.structure.report(
             self.ensure, self._recorded, self.evaluation, files, recommended(files).type
@@ -277,15 +276,9 @@ def _clear(work: Work) -> None:
         large.append(work.source_file)
     for path in large:
         path.unlink(missing_ok=True)
-    _clear_mixes(work)
+    Mixes.clear(work.folder)
     if work.transforms is not None:
         work.transforms.clear()
-
-
-def _clear_mixes(work: Work) -> None:
-    """What files within budgets were made from, also of a run that was stopped before this one."""
-    for folder in Mixes.scratch(work.folder):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

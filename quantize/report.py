@@ -74,7 +74,7 @@ class MixReport:
     against round-to-nearest with importance, geometric mean over tensors; None where ggml alone can round.
     `compared`: mean KLD on calibration text that was held back, of the file with every tensor rounded on its
     own and, where there was other text to do it by, of that with layers rounded in their order. Files differ
-    in it, and `tried` do, as they do in the median piece of that text.
+    in it, and `tried` do, as they do in the middle half of that text's pieces.
     """
 
     objective: str

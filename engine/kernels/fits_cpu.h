@@ -30,6 +30,9 @@ inline bool fits_cpu() {
 #if defined(__AVX512VPOPCNTDQ__)
     NEED("avx512vpopcntdq");
 #endif
+#if defined(__AVX512FP16__)
+    NEED("avx512fp16");
+#endif
 #if defined(__AVX2__)
     NEED("avx2");
 #endif

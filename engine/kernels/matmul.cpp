@@ -117,7 +117,9 @@ bool supported(const ggml_tensor * op) {
     const MatmulKernel * kernel = kernel_of(weights);
     return kernel && rows->type == GGML_TYPE_F32 && rows->ne[1] >= MIN_ROWS && rows->ne[2] == 1
         && rows->ne[3] == 1 && weights->ne[1] % kernel->columns == 0 && weights->ne[2] == 1 && weights->ne[3] == 1
-        && weights->nb[0] == kernel->block_bytes && rows->nb[0] == sizeof(float)
+        && weights->nb[0] == kernel->block_bytes
+        && weights->nb[1] == weights->ne[0] / kernel->block * kernel->block_bytes  // repacked ones are found by it
+        && rows->nb[0] == sizeof(float)
         && op->nb[0] == sizeof(float);
 }
 

@@ -83,7 +83,7 @@ inline void quantize(const float * x, int64_t n_blocks, const Pass & pass, int r
             v[i] = _mm256_loadu_ps(x + i * 8);
             top = _mm256_max_ps(top, _mm256_andnot_ps(sign, v[i]));
         }
-        __m128 half = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps(top, 1));
+        __m128 half = _mm_max_ps(_mm256_extractf128_ps(top, 1), _mm256_castps256_ps128(top));
         half = _mm_max_ps(half, _mm_movehl_ps(half, half));
         const float most = _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
         const __m256 by = _mm256_set1_ps(most != 0 ? 127.0f / most : 0.0f);

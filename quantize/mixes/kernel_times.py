@@ -49,7 +49,7 @@ class CannotTime(QuantizeError):
     """A type that no model could be made of, or run with, here."""
 
     def __init__(self, kind: str, reason: object) -> None:
-        super().__init__(f"{kind} cannot be timed on this machine: {reason}; leave the type out")
+        super().__init__(f"{kind} cannot be timed on this machine: {reason}; give --objective size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,20 +110,21 @@ def kernel_times(
     backend: Backend,
     progress: Callable[[int, int], None] = lambda _done, _of: None,
 ) -> KernelTimes:
-    """The times of these types, those not yet in `store` measured; a few seconds each, nothing else running.
+    """The times of these types, measured unless all are in `store`; a few seconds each, nothing else running.
 
     `store` is a JSON file for all machines and models: times hold for a processor, its threads, a version of
     llama.cpp, our kernels as compiled, and a shape. `encode` makes random rows, as for `write_mixed`;
     `progress` is told steps done and how many there are. Raises CannotTime, DiskFull.
     """
-    kept = _read(store)
-    times = kept.setdefault(_machine(shape, backend), {})
+    machine = _machine(shape, backend)
     for kind in types:
         if kind not in TensorType.__members__:
             raise CannotTime(kind, "it is no tensor type")
-    if missing := [kind for kind in types if kind not in times]:
-        times |= _measure(shape, missing, encode, backend, progress)
-        write_text(store, json.dumps(kept, indent=1, sort_keys=True))
+    times = _read(store).get(machine, {})
+    if not times.keys() >= set(types):  # all anew: those of another moment do not compare with these
+        times = _measure(shape, types, encode, backend, progress)
+        kept = _read(store)  # others may have added theirs meanwhile
+        write_text(store, json.dumps({**kept, machine: times}, indent=1, sort_keys=True))
     return KernelTimes({kind: times[kind] for kind in types})
 
 
@@ -243,7 +244,7 @@ def _machine(shape: Shape, backend: Backend) -> str:
     layers = "all" if backend.n_gpu_layers is None else backend.n_gpu_layers
     return (
         f"{processor()}, {threads} threads, GPU layers {layers}, llama-cpp-python {LLAMA_VERSION}, "
-        f"kernels {kernels()}, {shape.width} x {shape.inner} x {shape.n_layers}"
+        f"kernels {kernels()}, {shape.width} x {shape.inner} x {shape.n_layers}, {ROUNDS} rounds"
     )
 
 

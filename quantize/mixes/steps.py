@@ -25,14 +25,23 @@ from quantize.gguf_files.mixed_file import (
 )
 from quantize.gguf_files.typemap import read_types
 from quantize.measure import Backend, Passage
-from quantize.mixes.allocate import Choice, Interactions, Mix, Objective, Tensor, allocate, speed_weight
+from quantize.mixes.allocate import (
+    ALLOWANCE,
+    Choice,
+    Interactions,
+    Mix,
+    Objective,
+    Tensor,
+    allocate,
+    speed_weight,
+)
 from quantize.mixes.budget import FIT, Budget, fit, room
 from quantize.mixes.candidates import TYPES, Candidates
 from quantize.mixes.encoding import Losses, Nearest
 from quantize.mixes.gains import Sampler, factor, rounding_gains
 from quantize.mixes.in_order import VERSION as IN_ORDER
 from quantize.mixes.judging import VERSION as JUDGING
-from quantize.mixes.judging import ratio
+from quantize.mixes.judging import ratio, typical
 from quantize.mixes.kernel_times import KernelTimes, Shape, kernel_times, kernels
 from quantize.mixes.workshop import SCRATCH, UNSEEN, VERSION, WINDOW, Workshop
 from quantize.network.hessian import STORED, Hessians
@@ -142,7 +151,9 @@ class Mixes:
     @property
     def _hessians(self) -> Hessians:
         self.hessian_folder.mkdir(parents=True, exist_ok=True)
-        return Hessians(self.hessian_folder, self.hessians.key)
+        found = Hessians(self.hessian_folder, self.hessians.key)
+        found.begin()
+        return found
 
     @cached_property
     def _candidates(self) -> Candidates:
@@ -212,6 +223,7 @@ class Mixes:
         """Which type each tensor gets."""
         asked: dict[str, Any] = {"budget": dataclasses.asdict(budget), "objective": self.request.objective}
         if self.request.objective != "size":
+            asked["allowance"] = ALLOWANCE[self.request.objective]
             asked["timed_with"] = dataclasses.asdict(self.request.backend) | {"kernels": kernels()}
         needs = (self.sensitivities, self.gains, self.hessians, self.ready[0])
         parameters = {"version": VERSION, "judging": JUDGING, **asked}
@@ -230,7 +242,7 @@ class Mixes:
         allocation = allocate(tensors, left, interactions=_interactions(found, tensors), weight=weight)
         mixes = [allocation.best, *allocation.runners_up]
         judged = self._try(mixes)
-        measured = [float(np.mean(judged[0])) * ratio(each, judged[0]) for each in judged]
+        measured = typical(judged)
         best = chosen(mixes, measured, weight)
         plan = {"types": mixes[best].types, "measured": measured[best], "judged": judged[best]}
         write_text(self._plan_file(budget), json.dumps(plan, indent=1))
@@ -303,9 +315,11 @@ class Mixes:
         )  # fmt: skip
 
     @staticmethod
-    def scratch(folder: Path) -> tuple[Path, ...]:
-        """Large folders that no finished run needs again."""
-        return tuple(folder / name for name in ("sensitivities", "hessians", "gains", *SCRATCH))
+    def clear(folder: Path) -> None:
+        """Remove large folders that no finished run needs again, also of a run that was stopped before."""
+        Hessians(folder / "hessians", "").drop_last()
+        for name in ("sensitivities", "hessians", "gains", *SCRATCH):
+            shutil.rmtree(folder / name, ignore_errors=True)
 
     def file(self, budget: Budget, out: Path) -> Step:
         """The file itself, every tensor rounded as well as can be."""

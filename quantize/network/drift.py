@@ -21,6 +21,8 @@ from quantize.network.stream import blocks
 #: Of the diagonal of E[x~ x~^T], added to it, times how many columns there are for a token: what few tokens
 #: say of a correction is half chance.
 RIDGE = 24.0
+#: Of a token's hidden state at least, in its mean square: one of zeros, an untrained token's, has no share.
+LEAST_SQUARE = 1e-20
 
 
 @dataclass(slots=True)
@@ -83,7 +85,7 @@ class Group:
             rows = [truth.inputs, found.inputs]
             if self.streams is not None:
                 # what follows divides by the size of the hidden states: an error counts by its share of them
-                share = self.streams[index].square().mean(-1, keepdim=True).rsqrt()
+                share = self.streams[index].square().mean(-1, keepdim=True).clamp_min(LEAST_SQUARE).rsqrt()
                 rows = [share * each for each in (*rows, truth.hidden - found.hidden)]
             source, made, *missing = (each.flatten(0, 1) for each in rows)
             yield source, made, missing[0] if missing else None

@@ -98,6 +98,15 @@ class Hessians:
         except (FileNotFoundError, SafetensorError):
             return False
 
+    def begin(self) -> None:
+        """Drop the head's of another key: it is written last, so with it all layers' count as there."""
+        if not self.has(None):
+            self.drop_last()
+
+    def drop_last(self) -> None:
+        """So that none counts as there, whichever are removed next."""
+        self._path(None).unlink(missing_ok=True)
+
     def write(self, layer: int | None, moments: Moments) -> None:
         """Store a layer's means; the file appears whole or not at all."""
         tensors: dict[str, np.ndarray] = {}
@@ -157,7 +166,8 @@ def packed(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     correlations, at = np.empty(n * (n - 1) // 2, np.float16), 0
     for row in range(n - 1):
         right = slice(row + 1, n)
-        correlations[at : at + n - 1 - row] = matrix[row, right] * (inverse[row] * inverse[right])
+        # one after the other: of two inputs that are hardly ever there the product of both is infinite
+        correlations[at : at + n - 1 - row] = matrix[row, right] * inverse[row] * inverse[right]
         at += n - 1 - row
     return diagonal, correlations
 

@@ -29,7 +29,8 @@ class TooFewTokens(QuantizeError):
 
     def __init__(self, size: int) -> None:
         super().__init__(
-            f"none of the calibration sequences has {size} tokens, which one window takes; give longer texts"
+            f"none of the calibration sequences has {size} tokens, which one window takes; give longer texts "
+            "or more --calibration-tokens"
         )
 
 

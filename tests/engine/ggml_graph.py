@@ -65,6 +65,8 @@ _SIGNATURES = {  # name: result, arguments
     "ggml_flash_attn_ext": (_P, [_P, _P, _P, _P, _P, _F, _F, _F]),
     "ggml_flash_attn_ext_add_sinks": (None, [_P, _P]),
     "ggml_mul_mat": (_P, [_P, _P, _P]),
+    "ggml_view_2d": (_P, [_P, _P, _I64, _I64, ctypes.c_size_t, ctypes.c_size_t]),
+    "ggml_backend_view_init": (ctypes.c_int, [_P]),
     "ggml_new_graph": (_P, [_P]),
     "ggml_build_forward_expand": (None, [_P, _P]),
     "ggml_graph_plan": (_Plan, [_P, ctypes.c_int, _P]),
@@ -135,8 +137,17 @@ class _Graph:
         self.place(tensor, self._encode(np.ascontiguousarray(array), type))
         return tensor
 
-    def weights(self, weights: "Weights") -> int:
-        """A tensor of quantized blocks, repacked if asked for as llama.cpp does it."""
+    def weights(self, weights: "Weights", *, used: int) -> int:
+        """A tensor of quantized blocks, repacked if asked for as llama.cpp does it; a view if not all of each
+        column is used."""
+        tensor, column = self._weights(weights), weights.columns.nbytes // len(weights.columns)
+        if used == weights.length:
+            return tensor
+        view = self.ggml.ggml_view_2d(self.context, tensor, used, len(weights.columns), column, 0)
+        assert self.ggml.ggml_backend_view_init(view) == 0
+        return view
+
+    def _weights(self, weights: "Weights") -> int:
         n_columns, data = len(weights.columns), weights.columns.tobytes()
         tensor = self.ggml.ggml_new_tensor_4d(self.context, weights.type, weights.length, n_columns, 1, 1)
         if not weights.repacked:
@@ -212,10 +223,13 @@ class Weights:
 
 
 def multiply(weights: Weights, rows: np.ndarray, n_threads: int = 1) -> np.ndarray:
-    """(rows, length) float32 times weights, as ggml computes it in this process: (rows, columns) float32."""
+    """(rows, length) float32 times weights, as ggml computes it in this process: (rows, columns) float32.
+
+    Shorter rows meet the first weights of each column.
+    """
     with ExitStack() as exits:
         graph = _Graph(exits)
-        operands = graph.weights(weights), graph.tensor(rows, F32)
+        operands = graph.weights(weights, used=rows.shape[1]), graph.tensor(rows, F32)
         result = graph.ggml.ggml_mul_mat(graph.context, *operands)
         memory = graph.place(result)
         graph.compute(result, n_threads, reference=False)

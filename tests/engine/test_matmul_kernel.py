@@ -109,3 +109,19 @@ def test_columns_of_any_length_give_a_row_the_same_bits(our_matmul, their_matmul
     assert their_matmul.taken == 0
     for a, b in zip(found, expected, strict=True):
         assert np.array_equal(a.view(np.int32), b.view(np.int32)), f"{len(a)} rows: {np.abs(a - b).max()}"
+
+
+@pytest.mark.skipif(
+    not library_path().is_file() or calls("matmul") < 0, reason="no kernel on this machine, or for its CPU"
+)
+@pytest.mark.parametrize("type", [2, 20], ids=["Q4_0", "IQ4_NL"])
+def test_the_first_part_of_each_repacked_column_is_right_too(our_matmul, their_matmul, type):
+    """llama.cpp finds columns by their distance, which is then not what a part of one takes."""
+    random = np.random.default_rng(type)
+    blocks = random.integers(256, size=(48, 4, 18), dtype=np.uint8)
+    blocks[..., :2] = random.normal(size=(48, 4, 1)).astype(np.float16).view(np.uint8)
+    weights = Weights(type, 128, blocks.reshape(48, -1), True)
+    groups = [random.normal(size=(n, 64)).astype(np.float32) for n in (1, 3)]
+    found, expected = our_matmul.compute(weights, groups), their_matmul.compute(weights, groups)
+    for a, b in zip(found, expected, strict=True):
+        assert np.array_equal(a, b)

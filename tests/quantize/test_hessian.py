@@ -111,6 +111,7 @@ def test_texts_shorter_than_a_window_are_refused():
 def test_matrices_are_kept_to_a_share_of_both_columns():
     rows = np.random.default_rng(0).normal(size=(300, 64)) * np.geomspace(1e-6, 1e6, 64)
     rows[:, 5] = 0  # nothing ever came in
+    rows[:, 6:8] *= 1e-14  # and hardly anything here: no product of both is a float32
     matrix = (rows.T @ rows / 300).astype(np.float32)
     found = unpacked(*packed(matrix))
     root = np.sqrt(np.diagonal(matrix))
@@ -118,6 +119,18 @@ def test_matrices_are_kept_to_a_share_of_both_columns():
     np.testing.assert_array_equal(found, found.T)
     assert (np.abs(found - matrix) <= 2**-11 * np.outer(root, root)).all()
     assert np.isfinite(found).all()
+
+
+def test_those_of_other_texts_make_a_finished_collection_count_as_unfinished(network, tmp_path):
+    first, second = (Hessians(tmp_path / "h", key) for key in ("first", "second"))
+    forward(network, WINDOWS, hessians=first)
+    first.begin()
+    assert first.has(None)
+    second.begin()
+    assert not first.has(None)
+    forward(network, WINDOWS[:1], hessians=second)
+    assert second.has(None)
+    assert not first.has(0)
 
 
 def test_what_they_take_on_disk_is_told_before(network, tmp_path):

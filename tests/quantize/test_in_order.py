@@ -76,6 +76,17 @@ def test_what_is_computed_alike_needs_no_correction(variant, tmp_path):
     assert torch.equal(hidden, made)
 
 
+def test_tokens_without_a_hidden_state_are_left_out(tmp_path):
+    network = opened(tmp_path, "qwen2")
+    hidden = network.embed(torch.from_numpy(WINDOWS))
+    hidden[:, 0] = 0.0  # an untrained token's: attention to itself alone adds nothing
+    hidden[:, 1] = 1e-24
+    for group in side_by_side(network.layer(0), network.layer(0), hidden, hidden.clone()):
+        change, missing = group.drift().correction()
+        assert torch.isfinite(change).all()
+        assert missing is None or torch.isfinite(missing).all()
+
+
 def test_correction_is_least_squares_with_a_ridge():
     random = np.random.default_rng(0)
     made = torch.from_numpy(random.normal(size=(4000, 8)) * np.geomspace(1e-3, 1e3, 8)).float()

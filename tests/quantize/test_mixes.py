@@ -21,7 +21,7 @@ from quantize.measure import Backend
 from quantize.mixes import steps, workshop
 from quantize.mixes.allocate import Mix
 from quantize.mixes.budget import FIT, Budget, InvalidBudget, parse_bits_per_weight, parse_sizes
-from quantize.mixes.judging import PIECE, pieces, ratio
+from quantize.mixes.judging import PIECE, pieces, ratio, typical
 from quantize.mixes.workshop import WINDOW, Workshop
 from quantize.network.stream import cut
 from quantize.pipeline import run
@@ -239,3 +239,14 @@ def test_pieces_are_of_all_tokens_and_a_file_that_is_its_source_can_be_compared(
     assert np.average(found, weights=[66, 66, 65]) == pytest.approx(kl.mean())
     assert pieces(np.array([0.25, 15.5])) == [0.625]
     assert ratio([0.0], [0.0]) == 1.0
+
+
+def test_a_kind_of_text_that_makes_up_a_third_still_counts():
+    over = np.random.default_rng(3).gamma(9, 0.001, 30)
+    judged = over * np.where(np.arange(30) % 3 == 0, 1.5, 0.97)
+    assert ratio(judged.tolist(), over.tolist()) > 1
+    files = [over.tolist(), judged.tolist(), (0.8 * over).tolist()]
+    plain, worse, best = typical(files)
+    assert best < plain < worse
+    assert best / plain == pytest.approx(0.8)
+    assert typical(files[:1]) == pytest.approx([over.mean()])
