@@ -50,7 +50,7 @@ clean:  ## remove what the targets above made; models and collections under LQ_H
 	rm -rf $(VENV) .cache wheelhouse
 
 help:
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' Makefile
 
 $(INSTALLED): requirements.lock pyproject.toml hatch_build.py $(wildcard engine/kernels/*.cpp engine/kernels/*.h quantize/rounding/kernels/*.cpp)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -6,7 +6,9 @@ Exit codes: 0 done, 1 an expected error (one line on stderr), 2 wrong usage, 130
 
 import importlib
 import os
+import re
 import sys
+from collections.abc import Sequence
 
 import typer
 
@@ -39,9 +41,27 @@ def is_expected(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in FLOORS
 
 
+class EmptyArgument(Exception):
+    """An argument without a character: mostly a variable of a script that is not set."""
+
+    def __init__(self, number: int, before: str | None) -> None:
+        after = f", after {before}," if before else ""
+        super().__init__(f"argument {number}{after} is empty; give it a value or leave it out")
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raise EmptyArgument: "" would mean the folder one is in, or that an option was not given."""
+    for number, argument in enumerate(arguments):
+        if not argument:
+            raise EmptyArgument(number + 1, arguments[number - 1] if number else None)
+        if re.fullmatch("--[a-z-]+=", argument):
+            raise EmptyArgument(number + 1, argument)
+
+
 def main() -> None:
     """Run the command line and exit with its code."""
     try:
+        check_arguments(sys.argv[1:])
         build()()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -60,6 +60,11 @@ class Stage:
             if path not in kept:
                 path.unlink()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was fetched yet."""
+        return not any(path.is_file() for path in self.content.rglob("*"))
+
     def pin(self, revision: str) -> None:
         """Keep what an interrupted pull left of this revision of the source; drop what is of another."""
         note = self.work / "revision"

@@ -16,6 +16,7 @@ import platformdirs
 
 from models import kinds, manifest
 from models.catalog import CatalogEntry, catalog
+from models.errors import ModelsError
 from models.fetch import changed, fetch, parsed, source_of
 from models.gguf import read_header
 from models.manifest import BrokenManifest, FileRecord, Kind, Manifest
@@ -224,8 +225,13 @@ class Store:
                 if not replace:
                     raise ContentChanged(name, source)
             stage.prepare(source)
-            fetched = bring(stage, progress)
-            found = kind or kinds.detect(stage.content)
+            try:
+                fetched = bring(stage, progress)
+                found = kind or kinds.detect(stage.content)
+            except ModelsError:
+                if isinstance(reference, LocalReference) or stage.is_empty:
+                    stage.discard()  # nothing that the same pull could go on from
+                raise
             licence = listed.licence if listed else fetched.licence or kinds.licence(stage.content)
             record = Manifest(
                 name=name,

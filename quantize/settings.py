@@ -45,6 +45,8 @@ class NeedsText(QuantizeError):
         )
 
 
+#: llama.cpp's own limit: more are not refused there but end the process.
+MOST_THREADS = 512
 #: (what is being done, done, in all or None when unknown)
 Progress = Callable[[str, int, int | None], None]
 
@@ -122,6 +124,9 @@ class Settings:
         ):
             if value < least:
                 raise QuantizeError(f"{name} is {value}; give at least {least}")
+        threads = self.backend.n_threads
+        if threads is not None and not 1 <= threads <= MOST_THREADS:
+            raise QuantizeError(f"--threads is {threads}; give a number from 1 to {MOST_THREADS}")
         if not 0 <= self.seed < 2**32:
             raise QuantizeError(f"--seed is {self.seed}; give a number from 0 to {2**32 - 1}")
         for text in (self.calibration, self.calibration_text, self.eval_text):
@@ -174,6 +179,11 @@ class Settings:
                 given, "--lora is merged into a checkpoint, and this is a GGUF; give its folder"
             )
         header = read_header(self.source.path)
+        if header.hyperparameter("attention.causal") is False:
+            raise UnusableSource(
+                given,
+                "it is an encoder and predicts no next token to measure by; give a model that writes text",
+            )
         if self.recover or self.budgets:
             read_shape(header)
         if self.pre is not None:

@@ -134,7 +134,15 @@ def with_models(settings: Settings, models: dict[str, Model], **http: Any) -> Se
     A model that the settings have already keeps its options; adapters given for it come on top.
     """
     given = {key: value for key, value in http.items() if value is not None}
-    server = msgspec.structs.replace(settings.server, **given)
+    try:
+        server = msgspec.convert(msgspec.to_builtins(settings.server) | given, HTTP)
+    except msgspec.ValidationError as error:
+        problem, _, field = str(error).partition(" - at `$.")
+        option = f"--{field.rstrip('`').replace('_', '-')}"
+        value = given.get(field.rstrip("`"))
+        raise SettingsError(
+            f"command line: {option}: {problem[:1].lower()}{problem[1:]}; it is {value}"
+        ) from None
     merged = dict(settings.models)
     for name, model in models.items():
         merged[name] = _joined(name, merged[name], model) if name in merged else model

@@ -31,6 +31,16 @@ def run(*arguments: str, home: Path, **environment: str) -> subprocess.Completed
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(("rm", ""), "argument 2, after rm,"), (("list", "--json="), "argument 2, after --json=,")],
+)
+def test_an_empty_argument_is_refused_by_its_place(tmp_path, arguments, named):
+    result = run(*arguments, home=tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == f"error: {named} is empty; give it a value or leave it out\n"
+
+
 def test_help_lists_every_command(tmp_path):
     result = run("--help", home=tmp_path)
     assert result.returncode == 0

@@ -165,6 +165,8 @@ def tune(
     require_peft()
     where = out.expanduser().absolute()
     device = device or default_device()
+    if micro_tokens is None:
+        micro_tokens = 4096 if device.startswith("cuda") else 1024
     settings = Settings(
         source=unseen(source),
         data=data.expanduser(),
@@ -180,7 +182,7 @@ def tune(
             epochs=epochs,
             max_steps=max_steps,
             batch_size=batch_size,
-            micro_tokens=micro_tokens or (4096 if device.startswith("cuda") else 1024),
+            micro_tokens=micro_tokens,
             learning_rate=learning_rate,
             warmup=warmup,
             evaluations=evaluations,

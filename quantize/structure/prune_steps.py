@@ -16,6 +16,7 @@ from engine.llama import default_threads
 from models.gguf import Header, read_header
 from quantize.calibration.conversation import read
 from quantize.divergence import Estimate
+from quantize.errors import QuantizeError
 from quantize.gguf_files.child import quantize
 from quantize.gguf_files.types import Order
 from quantize.measure import Backend, Passage, measure, some, write_reference
@@ -73,8 +74,13 @@ class Layers:
     def _check(self) -> Facts:
         header = Pruning.of(self.request.source, ()).header
         n_layer = int(header.hyperparameter("block_count") or 0)
-        if isinstance(self.request.asked, int):
-            Pruning.of(self.request.source, range(self.request.asked))  # how many is what counts here
+        asked = self.request.asked
+        if isinstance(asked, int):
+            if asked > n_layer:
+                raise QuantizeError(
+                    f"--prune-layers is {asked}, and the model has {n_layer} layers; give fewer, or auto"
+                )
+            Pruning.of(self.request.source, range(asked))  # how many is what counts here
         return {"n_layer": n_layer}
 
     @cached_property

@@ -5,6 +5,7 @@ of a run. peft is asked for nothing but the adapter.
 """
 
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -70,7 +71,15 @@ def default_device() -> str:
 
 def default_compute(device: str) -> Compute:
     """bf16 where the hardware has it; CPUs without it compute it many times slower than float32."""
-    return "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "f32"
+    return (
+        "bf16" if device.startswith("cuda") and is_there(device) and torch.cuda.is_bf16_supported() else "f32"
+    )
+
+
+def is_there(device: str) -> bool:
+    """Whether this machine has a device, by torch's name of it."""
+    found = re.fullmatch(r"cuda(?::(\d+))?", device)
+    return device == "cpu" or (found is not None and int(found[1] or 0) < torch.cuda.device_count())
 
 
 class Frozen:

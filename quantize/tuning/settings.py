@@ -11,7 +11,7 @@ from typing import Any
 from quantize.errors import QuantizeError
 from quantize.source import Source, UnusableSource
 from quantize.tuning.low_rank import BadRank
-from quantize.tuning.network import Compute, LoraShape
+from quantize.tuning.network import Compute, LoraShape, is_there
 from quantize.tuning.training import Schedule
 
 MAX_SEED = 2**31
@@ -74,6 +74,12 @@ class Settings:
         shape, schedule = self.shape, self.schedule
         energy, steps, length = self.energy, schedule.max_steps, self.max_length
         return [
+            (
+                "--device",
+                self.device,
+                is_there(self.device),
+                "cpu, or cuda or cuda:N where there is such a GPU",
+            ),
             ("--rank", shape.rank, shape.rank >= 1, "1 or more, such as 16"),
             ("--alpha", shape.alpha, 0 < shape.alpha < 1e6, "a number above 0, such as 32"),
             ("--dropout", shape.dropout, 0 <= shape.dropout < 1, "a share from 0 to below 1"),

@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from lq.commands import store as commands
+from models.errors import ModelsError
 from models.gguf import InvalidGGUF
 from models.store import Store, UnknownModel
 
@@ -108,6 +109,15 @@ def test_an_embedder_and_an_adapter_are_described(home, minilm_dir, tmp_path):
     run("pull", str(adapter))
     shown = json.loads(run("show", "adapter", "--json"))
     assert (shown["kind"], shown["base_model"], shown["modules"]) == ("adapter", "org/base", 1)
+
+
+@pytest.mark.usefixtures("home")
+def test_a_refused_pull_leaves_nothing_to_go_on_from(tmp_path):
+    (tmp_path / "fake.gguf").write_bytes(b"no model at all")
+    for reference in (tmp_path / "nothing-here", tmp_path / "fake.gguf"):
+        with pytest.raises(ModelsError):
+            run("pull", str(reference))
+    assert json.loads(run("list", "--json"))["interrupted"] == []
 
 
 def test_interrupted_and_broken_entries_are_reported(home):

@@ -18,6 +18,7 @@ from quantize.errors import QuantizeError
 from quantize.gguf_files.types import FTYPES
 from quantize.pipeline import run
 from quantize.room import NoRoom, least_bytes
+from tests import tiny_models
 
 Usage = namedtuple("Usage", "total used free")
 ALICE = Path(__file__).parent / "golden" / "alice.txt"
@@ -49,6 +50,7 @@ REFUSALS = {
     "matrix": (("--types", "IQ2_XXS", "--calibration", "none"), "needs an importance matrix"),
     "seed": (("--seed", -1), "--seed is -1"),
     "few tokens": (("--eval-tokens", 3), "--eval-tokens is 3"),
+    "threads": (("--threads", 100000), "--threads is 100000; give a number from 1 to 512"),
     "name": (("--name", "../x"), "is not a file name"),
     "rule": (("--pre", "qwen9"), "--pre qwen9 is no rule"),
     "no file": (("--calibration", "self,"), "name the text file after the comma"),
@@ -93,6 +95,15 @@ def test_an_out_that_is_a_file_is_refused_before_the_source_is_fetched(lq, tmp_p
         with pytest.raises(QuantizeError, match=r"--out .*file is a file; give a folder"):
             lq("--out", out)
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_an_encoder_is_refused_before_any_work(asked, made, tmp_path):
+    """Measured as a model that writes it would end the process."""
+    path = tiny_models.bert(tmp_path / "encoder.gguf")
+    found = source.find(str(path), store=Store(tmp_path / "home"))
+    with pytest.raises(source.UnusableSource, match="it is an encoder"):
+        run(dataclasses.replace(asked, source=source.named(found, "encoder"), out=tmp_path / "out"))
+    assert made == []
 
 
 def test_a_name_that_the_store_holds_already_is_refused_before_any_work(tiny_llama, tmp_path, monkeypatch):

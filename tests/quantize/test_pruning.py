@@ -235,6 +235,8 @@ def test_auto_compares_a_layer_with_what_smaller_types_cost(asked, tmp_path, mon
 def test_too_many_layers_are_refused_before_any_text_is_written(asked, tmp_path, made):
     with pytest.raises(CannotPrune, match="all of its 3 layers would be gone"):
         run(dataclasses.replace(asked, out=tmp_path, prune_layers=3))
+    with pytest.raises(QuantizeError, match="--prune-layers is 99, and the model has 3 layers; give fewer"):
+        run(dataclasses.replace(asked, out=tmp_path, prune_layers=99))
     assert "calibration" not in made
 
 

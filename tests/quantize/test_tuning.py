@@ -299,6 +299,9 @@ def test_a_folder_with_other_files_is_left_alone(asked, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"device": "tpu"}, r"--device is tpu; give cpu, or cuda"),
+        ({"device": "cuda:99"}, r"--device is cuda:99"),
+        ({"device": "cuda:x"}, r"--device is cuda:x"),
         ({"shape": LoraShape(0, 8)}, r"--rank is 0; give 1 or more"),
         ({"shape": LoraShape(4, -1)}, r"--alpha is -1"),
         ({"shape": LoraShape(4, 8, dropout=1.0)}, r"--dropout is 1\.0"),

@@ -148,6 +148,15 @@ def test_the_command_line_adds_models_and_replaces_what_it_gives():
     assert list(with_models(Settings(), {"m": Model(model="x")}).models) == ["m"]
 
 
+@pytest.mark.parametrize("given", [{"memory_budget_mb": float("inf")}, {"gpu_memory_budget_mb": -1.0}])
+def test_the_command_line_is_checked_as_the_file_is(given):
+    (name, value), *_ = given.items()
+    with pytest.raises(
+        SettingsError, match=rf"^command line: --{name.replace('_', '-')}: .*; it is {value}$"
+    ):
+        with_models(Settings(), {}, **given)
+
+
 def test_a_model_of_the_file_keeps_its_options_when_the_command_line_names_it(written, tmp_path):
     settings = load(
         written(
