@@ -18,6 +18,7 @@ MAX_LOGIT_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_PROMPT_CHARACTERS = 32 * 2**20
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
+MOST_THREADS = 512  # GGML_MAX_N_THREADS: more end the process
 MAX_POOLED_INPUTS = 2048
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -351,7 +352,7 @@ class EngineConfig:
         _whole("n_parallel", self.n_parallel, 1, MAX_SEQUENCES)
         self._validate_cache()
         if self.n_threads is not None:
-            _whole("n_threads", self.n_threads, 1, 512)
+            _whole("n_threads", self.n_threads, 1, MOST_THREADS)
         if self.n_gpu_layers is not None:
             _whole("n_gpu_layers", self.n_gpu_layers, 0, 10_000)
         if self.use_mmap not in (None, True, False):

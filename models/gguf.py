@@ -72,6 +72,11 @@ class Header:
         return self.metadata.get(f"{self.architecture}.{name}")
 
     @property
+    def is_encoder(self) -> bool:
+        """Whether it reads alone: no next token is predicted."""
+        return self.hyperparameter("attention.causal") is False
+
+    @property
     def n_parameters(self) -> int:
         """Numbers in all tensors together."""
         return sum(tensor.n_elements for tensor in self.tensors)

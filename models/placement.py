@@ -50,7 +50,7 @@ def weights(pieces: Sequence[Header], gpu_layers: int) -> Bytes:
     device = sum(tensor.size_bytes for tensor in tensors if _layer(tensor, head) >= first)
     copy = sum(tensor.size_bytes for tensor in tensors if tensor.name == "token_embd.weight")
     has_head = any(tensor.name == "output.weight" for tensor in tensors)
-    reads_only = pieces[0].hyperparameter("attention.causal") is False
+    reads_only = pieces[0].is_encoder
     return Bytes(every - device, device + (0 if has_head or reads_only else copy))
 
 

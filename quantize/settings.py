@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from engine.request import MOST_THREADS
 from models.gguf import read_header
 from models.lora import Adapter
 from quantize.calibration.texts import read_text
@@ -45,8 +46,6 @@ class NeedsText(QuantizeError):
         )
 
 
-#: llama.cpp's own limit: more are not refused there but end the process.
-MOST_THREADS = 512
 #: (what is being done, done, in all or None when unknown)
 Progress = Callable[[str, int, int | None], None]
 
@@ -179,7 +178,7 @@ class Settings:
                 given, "--lora is merged into a checkpoint, and this is a GGUF; give its folder"
             )
         header = read_header(self.source.path)
-        if header.hyperparameter("attention.causal") is False:
+        if header.is_encoder:
             raise UnusableSource(
                 given,
                 "it is an encoder and predicts no next token to measure by; give a model that writes text",

@@ -95,7 +95,7 @@ def config(
 def cost(pieces: Sequence[Header], n_ctx: int, n_parallel: int, gpu_layers: int = 0) -> Footprint:
     """What an engine takes that reads texts of so many tokens, at most."""
     room = max(n_ctx, N_BATCH, n_parallel)
-    is_encoder = pieces[0].hyperparameter("attention.causal") is False
+    is_encoder = pieces[0].is_encoder
     found = footprint(
         pieces, n_cells=0 if is_encoder else room, n_parallel=room if is_encoder else n_parallel,
         n_batch=room, gpu_layers=gpu_layers,

@@ -134,21 +134,25 @@ def with_models(settings: Settings, models: dict[str, Model], **http: Any) -> Se
     A model that the settings have already keeps its options; adapters given for it come on top.
     """
     given = {key: value for key, value in http.items() if value is not None}
-    try:
-        server = msgspec.convert(msgspec.to_builtins(settings.server) | given, HTTP)
-    except msgspec.ValidationError as error:
-        problem, _, field = str(error).partition(" - at `$.")
-        option = f"--{field.rstrip('`').replace('_', '-')}"
-        value = given.get(field.rstrip("`"))
-        raise SettingsError(
-            f"command line: {option}: {problem[:1].lower()}{problem[1:]}; it is {value}"
-        ) from None
+    server = with_options(settings.server, given)
     merged = dict(settings.models)
     for name, model in models.items():
         merged[name] = _joined(name, merged[name], model) if name in merged else model
     if not merged:
         merged = {DEFAULT_MODEL: Model()}
     return complete(msgspec.structs.replace(settings, server=server, models=merged), "command line")
+
+
+def with_options(kept: T, given: dict[str, Any]) -> T:
+    """One table with options of the command line, by its fields' names, in place of what it has."""
+    try:
+        return msgspec.convert(msgspec.to_builtins(kept) | given, type(kept))
+    except msgspec.ValidationError as error:
+        problem, _, inner = str(error).partition(" - at `$")
+        name = inner.strip(".`")
+        option = f"--{name.replace('_', '-')}: " if name else ""
+        value = _given(given, inner.rstrip("`"), hides_text=False)
+        raise SettingsError(f"command line: {option}{problem[:1].lower()}{problem[1:]}{value}") from None
 
 
 def _joined(name: str, configured: Model, given: Model) -> Model:

@@ -254,18 +254,13 @@ def with_engine_options(settings: Settings, store: Store, **options: Any) -> Set
     """The settings with options given (not None) set for every model that has a use for them."""
     import msgspec
 
-    from server.settings import Model, SettingsError
+    from server.settings import with_options
 
     given = {name: value for name, value in options.items() if value is not None}
     wanted = of_each(settings, store, given)
     models = {}
     for name, model in settings.models.items():
-        try:
-            models[name] = msgspec.convert(msgspec.to_builtins(model) | wanted[name], Model)
-        except msgspec.ValidationError as error:
-            problem, _, field = str(error).partition(" - at `$.")
-            option = f"--{field.rstrip('`').replace('_', '-')}: " if field else ""
-            raise SettingsError(f"command line: {option}{problem[:1].lower()}{problem[1:]}") from None
+        models[name] = with_options(model, wanted[name])
     return msgspec.structs.replace(settings, models=models)
 
 

@@ -92,7 +92,7 @@ def weights_read(header: Header, tensor: TensorInfo) -> float:
     """Weights that one token reads: of experts those that are chosen, of a table none, but that of a tied
     head all."""
     if tensor.name in LOOKUPS:
-        writes = header.hyperparameter("attention.causal") is not False
+        writes = not header.is_encoder
         has_head = any(each.name == "output.weight" for each in header.tensors)
         return float(tensor.n_elements if tensor.name == LOOKUPS[0] and writes and not has_head else 0)
     if "_exps." in tensor.name:

@@ -151,9 +151,7 @@ class Mixes:
     @property
     def _hessians(self) -> Hessians:
         self.hessian_folder.mkdir(parents=True, exist_ok=True)
-        found = Hessians(self.hessian_folder, self.hessians.key)
-        found.begin()
-        return found
+        return Hessians(self.hessian_folder, self.hessians.key)
 
     @cached_property
     def _candidates(self) -> Candidates:

@@ -98,17 +98,17 @@ class Hessians:
         except (FileNotFoundError, SafetensorError):
             return False
 
-    def begin(self) -> None:
-        """Drop the head's of another key: it is written last, so with it all layers' count as there."""
-        if not self.has(None):
-            self.drop_last()
-
     def drop_last(self) -> None:
         """So that none counts as there, whichever are removed next."""
         self._path(None).unlink(missing_ok=True)
 
     def write(self, layer: int | None, moments: Moments) -> None:
-        """Store a layer's means; the file appears whole or not at all."""
+        """Store a layer's means; the file appears whole or not at all.
+
+        The head's of another key goes: it is written last, so with it all layers' count as there.
+        """
+        if not self.has(None):
+            self.drop_last()
         tensors: dict[str, np.ndarray] = {}
         for name, count in moments.counts.items():
             matrix = (moments.sums[name] / count).float().cpu().numpy()

@@ -17,6 +17,9 @@ from tests.engine.ggml_graph import Weights
 
 FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "IQ4_NL": 25}  # llama_ftype
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 40, 130)  # tokens of a call: rows below, at and above a pass
+needs_kernel = pytest.mark.skipif(
+    not library_path().is_file() or calls("matmul") < 0, reason="no kernel on this machine, or for its CPU"
+)
 
 COMPUTE = """
 import sys
@@ -89,9 +92,7 @@ def test_every_number_of_rows_gives_the_bits_that_llama_cpp_gives(quantized, tmp
 BY_COLUMN = {"Q4_1": (3, 20, 2), "Q5_0": (6, 22, 1), "Q5_1": (7, 24, 2), "Q8_0": (8, 34, 1)}
 
 
-@pytest.mark.skipif(
-    not library_path().is_file() or calls("matmul") < 0, reason="no kernel on this machine, or for its CPU"
-)
+@needs_kernel
 @pytest.mark.parametrize("n_blocks", [1, 2, 3, 16, 17])
 @pytest.mark.parametrize("kind", BY_COLUMN)
 def test_columns_of_any_length_give_a_row_the_same_bits(our_matmul, their_matmul, kind, n_blocks):
@@ -111,9 +112,7 @@ def test_columns_of_any_length_give_a_row_the_same_bits(our_matmul, their_matmul
         assert np.array_equal(a.view(np.int32), b.view(np.int32)), f"{len(a)} rows: {np.abs(a - b).max()}"
 
 
-@pytest.mark.skipif(
-    not library_path().is_file() or calls("matmul") < 0, reason="no kernel on this machine, or for its CPU"
-)
+@needs_kernel
 @pytest.mark.parametrize("type", [2, 20], ids=["Q4_0", "IQ4_NL"])
 def test_the_first_part_of_each_repacked_column_is_right_too(our_matmul, their_matmul, type):
     """llama.cpp finds columns by their distance, which is then not what a part of one takes."""

@@ -124,9 +124,15 @@ def test_matrices_are_kept_to_a_share_of_both_columns():
 def test_those_of_other_texts_make_a_finished_collection_count_as_unfinished(network, tmp_path):
     first, second = (Hessians(tmp_path / "h", key) for key in ("first", "second"))
     forward(network, WINDOWS, hessians=first)
-    first.begin()
     assert first.has(None)
-    second.begin()
+
+    def stop(_what: str, done: int, _total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        forward(network, WINDOWS[:1], hessians=second, progress=stop)
+    assert second.has(0)
     assert not first.has(None)
     forward(network, WINDOWS[:1], hessians=second)
     assert second.has(None)
