@@ -16,7 +16,7 @@ from quantize.calibration.texts import read_text
 from quantize.describe import Description, describe_checkpoint, describe_gguf
 from quantize.errors import QuantizeError
 from quantize.frame import CannotConverse
-from quantize.gguf_files.tensor_types import tensor_type
+from quantize.gguf_files.tensor_types import FOR_WEIGHTS
 from quantize.gguf_files.types import DEFAULT_TYPES, refuse_without_importance
 from quantize.measure import Backend
 from quantize.mixes.allocate import Objective
@@ -115,8 +115,10 @@ class Settings:
                 f"{self.calibration_text} goes beside what the model writes itself, and calibration is "
                 f"{self.calibration}; make that self, or leave the text out"
             )
-        if self.explore is not None:
-            tensor_type(self.explore)
+        if self.explore is not None and self.explore not in FOR_WEIGHTS:
+            raise QuantizeError(
+                f"--explore is {self.explore!r}, no tensor type; give one of {', '.join(FOR_WEIGHTS)}"
+            )
         for name, value, least in (
             ("--calibration-tokens", self.calibration_tokens, 256),
             ("--eval-tokens", self.eval_tokens, 64),

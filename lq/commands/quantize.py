@@ -183,7 +183,7 @@ def quantize(
         types=parse_types(types or DEFAULT_TYPES) if types or not budgets else (),
         budgets=budgets,
         objective=objective,
-        explore=explore,
+        explore=explore.upper() if explore is not None else None,
         recover=recover,
         prune_layers=parse_layers(prune_layers) if prune_layers is not None else None,
         kv_cache=kv_cache,
@@ -281,6 +281,7 @@ def _structure(report: Report) -> Iterator[str]:
 def _table(title: str, names: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """A drawn table on a terminal, tab-separated lines elsewhere."""
     if not sys.stdout.isatty():
+        print(f"# {title}")
         print("\n".join("\t".join(cells) for cells in (names, *rows)))
         return
     from rich.console import Console

@@ -144,7 +144,10 @@ def read_text(path: Path) -> str:
     """The content of a text file; refuses an empty, binary or huge one."""
     if path.is_dir():
         raise UnusableText(path, "this is a folder")
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise UnusableText(path, f"it cannot be read ({error.strerror})") from None
     if size > MAX_TEXT_BYTES:
         raise UnusableText(path, f"{size / 1e6:.0f} MB are more than the {MAX_TEXT_BYTES / 1e6:.0f} MB read")
     data = path.read_bytes()

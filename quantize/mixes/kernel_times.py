@@ -41,7 +41,6 @@ MOST_S = 1.0  # a type in a round, once the file is loaded
 #: All types are timed in turn so many times: what slows the machine for a while must not slow one type alone.
 ROUNDS = 5
 N_VOCAB, HEAD_LENGTH, TILE_ROWS = 32, 64, 32
-KEY = "constant"  # milliseconds of a step beside its feed-forward, among the types of the file
 LOOKUPS = ("token_embd.weight", "per_layer_token_embd.weight", "position_embd.weight", "token_types.weight")
 
 
@@ -131,8 +130,8 @@ def kernel_times(
 def _measure(
     shape: Shape, types: Sequence[str], encode: Encode, backend: Backend, progress: Callable[[int, int], None]
 ) -> dict[str, float]:
-    """The constant part, told by two files that differ in their width alone, and what each type takes
-    beside it: each file's median over the rounds."""
+    """What each type takes beside a step's constant part, which two files tell that differ in their width
+    alone: each file's median over the rounds."""
     small = Shape(shape.width, WIDEST_BLOCK, shape.n_layers)
     kinds = list(dict.fromkeys((REFERENCE, *types)))
     files = [(small, REFERENCE), *((shape, kind) for kind in kinds)]
@@ -146,7 +145,7 @@ def _measure(
     a_weight = max(0.0, steps[0] - short) / more if more else steps[0] / shape.n_weights
     constant = max(0.0, steps[0] - a_weight * shape.n_weights)
     per_million = [max(0.0, step - constant) / shape.n_weights * 1e6 for step in steps]
-    return {KEY: constant, **dict(zip(kinds, per_million, strict=True))}
+    return dict(zip(kinds, per_million, strict=True))
 
 
 def _step_ms(shape: Shape, kind: str, encode: Encode, backend: Backend) -> float:

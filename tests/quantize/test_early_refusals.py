@@ -54,6 +54,7 @@ REFUSALS = {
     "name": (("--name", "../x"), "is not a file name"),
     "rule": (("--pre", "qwen9"), "--pre qwen9 is no rule"),
     "no file": (("--calibration", "self,"), "name the text file after the comma"),
+    "transform's type": (("--explore", "Q4_K_M"), "--explore is 'Q4_K_M', no tensor type; give one"),
     "adapter": (("--lora", "no-such-adapter"), "no model named 'no-such-adapter'"),
 }
 
@@ -78,7 +79,7 @@ def test_a_text_that_cannot_be_used_is_refused_before_the_source_is_fetched(
     text.write_bytes(content)
     with pytest.raises(UnusableText, match=reason):
         lq(*f"{option}{text}".split(" ", 1))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(UnusableText, match="nowhere.txt: it cannot be read"):
         lq(*f"{option}{tmp_path}/nowhere.txt".split(" ", 1))
 
 

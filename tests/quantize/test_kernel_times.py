@@ -138,7 +138,7 @@ def test_the_model_that_is_timed_has_the_type_in_its_feed_forward_alone(tmp_path
 def test_llama_cpp_runs_it_and_a_step_takes_time(tmp_path):
     found = kernel_times(SMALL, ("Q4_0", "F16"), encode, store=tmp_path / "times.json", backend=ALONE)
     kept = next(iter(json.loads((tmp_path / "times.json").read_text()).values()))
-    assert kept.keys() == {"constant", "Q8_0", "Q4_0", "F16"}
+    assert kept.keys() == {"Q8_0", "Q4_0", "F16"}
     assert all(0 <= value < float("inf") for value in (*kept.values(), *found.per_million.values()))
     assert timing._step_ms(SMALL, "Q4_0", encode, ALONE) > 0
 

@@ -280,7 +280,7 @@ def test_a_text_that_cannot_calibrate_is_refused_by_reason(content, complaint, c
 
 
 def test_a_missing_text_is_named(asked, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere.txt"):
+    with pytest.raises(UnusableText, match=r"nowhere.txt: it cannot be read"):
         run(dataclasses.replace(asked, calibration=tmp_path / "nowhere.txt", out=tmp_path / "out"))
 
 

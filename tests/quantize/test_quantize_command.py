@@ -140,7 +140,9 @@ def test_a_disk_that_fills_up_is_one_line_and_the_rerun_completes(lq, tiny_llama
     run = lq(*options)
     assert run.returncode == 0, run.stderr
     assert (out / "tiny-Q8_0.gguf").stat().st_mtime_ns == made
-    assert run.stdout.splitlines()[0].startswith("type\tMB\tbits/weight")
+    title, header = run.stdout.splitlines()[:2]
+    assert title == "# on held-out self-written chats"
+    assert header.startswith("type\tMB\tbits/weight")
     assert f"serve one: lq serve {out / 'tiny-Q8_0.gguf'}" in run.stdout
     assert "\x1b" not in run.stdout + run.stderr
 
