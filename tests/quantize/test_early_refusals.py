@@ -79,7 +79,7 @@ def test_a_text_that_cannot_be_used_is_refused_before_the_source_is_fetched(
     text.write_bytes(content)
     with pytest.raises(UnusableText, match=reason):
         lq(*f"{option}{text}".split(" ", 1))
-    with pytest.raises(UnusableText, match="nowhere.txt: it cannot be read"):
+    with pytest.raises(UnusableText, match=r"nowhere\.txt: it cannot be read"):
         lq(*f"{option}{tmp_path}/nowhere.txt".split(" ", 1))
 
 
