@@ -49,7 +49,7 @@ from quantize.network.network import Network
 from quantize.network.stream import forward
 from quantize.report import MixReport, Tried
 from quantize.rounding.exact import OnLattice, held, with_lattices
-from quantize.sensitivity.backward import Sampling, measure_sensitivities
+from quantize.sensitivity.backward import ROWS, Sampling, measure_sensitivities
 from quantize.sensitivity.record import Sensitivities
 from quantize.source import digest
 from quantize.steps import Facts, Step, write_text
@@ -102,6 +102,7 @@ class Mixes:
             "window": WINDOW,
             "unseen": UNSEEN,
             "sampling": dataclasses.asdict(SAMPLING),
+            "rows": ROWS,
         }
         return Step("sensitivities", self._measure, parameters, self.ready, (self.sensitivity_file,))
 

@@ -19,13 +19,25 @@ from quantize.network.network import EMBEDDING, Network
 from quantize.network.stream import LayerInputs, Progress, blocks, digest_of, forward, inputs_for
 from quantize.sensitivity.head_gradient import HeadGradient
 from quantize.sensitivity.inputs import project_inputs
-from quantize.sensitivity.projection import Errors, RoundingErrors, traced_rows
+from quantize.sensitivity.projection import (
+    LEAST_TRACED,
+    SAMPLED_ROWS,
+    TRACED_WEIGHTS,
+    Errors,
+    RoundingErrors,
+    RowSample,
+)
 from quantize.sensitivity.record import Sensitivities
 from quantize.sensitivity.tally import Sums, Tally
 
 SAVE_EVERY_S = 60.0
 ERROR_BYTES = 3 * 10**9  # of one layer's rounding errors in float32; more are held as bfloat16
 LIKELY_TYPES = 12
+#: A head of more weights has a sample of its rows rounded: about as many weights as this and, surely, all
+#: rows that the text makes likely, HEAD_ROWS at most.
+HEAD_WEIGHTS, HEAD_ROWS = 2**25, 8192
+#: What tells which rows stand for large matrices.
+ROWS = SAMPLED_ROWS, TRACED_WEIGHTS, LEAST_TRACED, HEAD_WEIGHTS, HEAD_ROWS
 
 
 class NothingScored(QuantizeError):
@@ -150,20 +162,30 @@ class Backward:
         sums, touched = Sums(n_draws, len(normed)), []
         for rows in head.row_blocks():
             weight = head.weight[rows]
-            made = RoundingErrors.make(self.errors, name, weight.float().cpu().numpy()).to(normed.device)
-            sums.begin(name, made)
-            expected = normed.new_zeros(len(weight))
+            expected = normed.new_zeros(len(weight))  # square of the noise, at a position
+            noises: list[list[Tensor]] = []  # by part, by draw
             for part in head.windows():
                 draws, squares = head.noise(rows, part, normaliser)
-                expected += squares
+                expected += squares / normed[..., 0].numel()
                 for draw, noise in enumerate(draws):
                     by_normed[draw, part] += noise @ weight
+                noises.append(draws)
+            here = self.touched[(self.touched >= rows.start) & (self.touched < rows.stop)] - rows.start
+            sample = self._likely_rows(head, rows, expected, here)
+            if sample is not None and not len(sample.index):
+                continue
+            made = RoundingErrors.make(self.errors, name, weight.float().cpu().numpy(), sample=sample)
+            made = made.to(normed.device)
+            sums.begin(name, made)
+            for part, draws in zip(head.windows(), noises, strict=True):
+                for draw, noise in enumerate(draws):
                     sums.add(draw, part, made.project(noise, normed[part]))
-            here = self.touched[(self.touched >= rows.start) & (self.touched < rows.stop)]
-            touched.append(made.values[:, here - rows.start].float().cpu().numpy())
+            if self.network.is_tied:
+                places = here if sample is None else np.searchsorted(sample.index, here)
+                touched.append(made.values[:, places].float().cpu().numpy())
             per_row = made.squares(hessian)
             sums.traces += per_row.sum(1)
-            sums.kronecker += (per_row * (expected.cpu() / normed[..., 0].numel())).sum(1) / 2
+            sums.kronecker += (per_row * made.of_rows(expected).cpu()).sum(1) / 2
             sums.squares += made.squares(None).sum(1)
         if sums.types:
             sums.add_inputs(slice(None), project_inputs(by_normed[0], normed))
@@ -172,6 +194,17 @@ class Backward:
             self.tally.touched = np.concatenate(touched, 1)
         return by_normed
 
+    def _likely_rows(
+        self, head: HeadGradient, rows: slice, expected: Tensor, touched: np.ndarray
+    ) -> RowSample | None:
+        """Of a block of the head's rows: those that the text makes likely, by the `expected` square of their
+        noise, those that a tied table is asked for, and a share of the others."""
+        chances = np.full(len(expected), min(1.0, HEAD_WEIGHTS / head.weight.numel()))
+        chances = np.maximum(chances, HEAD_ROWS * expected.double().cpu().numpy())
+        if self.network.is_tied:
+            chances[touched] = 1
+        return RowSample.drawn(chances, np.random.default_rng((self.sampling.seed, rows.start)))
+
     def _layer(self, index: int) -> None:
         network, n_draws = self.network, self.sampling.n_draws
         layer = network.layer(index)
@@ -179,7 +212,7 @@ class Backward:
         found = {name: Sums(n_draws, len(self.windows)) for name in made}
         for name, sums in found.items():
             sums.begin(name, made[name])
-        squares = {name: torch.zeros(layer.weights[name].shape[0]).double() for name in made}
+        squares = {name: torch.zeros(each.values.shape[1]).double() for name, each in made.items()}
         for part in blocks(*self.windows.shape):
             hidden = self._read(index, part).requires_grad_()
             seen: list[tuple[str, Tensor, Tensor]] = []
@@ -192,7 +225,7 @@ class Backward:
                     if name not in made:
                         continue
                     found[name].add(draw, part, made[name].project(delta, inputs))
-                    squares[name] += delta.square().sum((0, 1)).cpu().double()
+                    squares[name] += made[name].of_rows(delta.square().sum((0, 1))).cpu().double()
                     if draw == 0:  # one is enough for so few numbers
                         found[name].add_inputs(part, project_inputs(delta @ layer.weights[name], inputs))
                 # only now: where nothing follows a product, its delta is this very memory
@@ -203,12 +236,18 @@ class Backward:
         self.tally.entries |= {name: sums.entry() for name, sums in found.items()}
 
     def _layer_errors(self, weights: dict[str, Tensor]) -> dict[str, RoundingErrors]:
-        """The errors of all matrices of a layer that have candidates."""
+        """The errors of all matrices of a layer that have candidates, of large ones in a sample of rows."""
         matrices = {name: weight for name, weight in weights.items() if weight.dim() == 2}
-        likely = 4 * LIKELY_TYPES * sum(weight.numel() for weight in matrices.values())
+        samples = {name: RowSample.spaced(len(weight)) for name, weight in matrices.items()}
+        rows = {
+            name: len(sample.index) if sample else len(matrices[name]) for name, sample in samples.items()
+        }
+        likely = 4 * LIKELY_TYPES * sum(rows[name] * weight.shape[1] for name, weight in matrices.items())
         dtype = torch.float32 if likely <= ERROR_BYTES else torch.bfloat16
         found = {
-            name: RoundingErrors.make(self.errors, name, weight.float().cpu().numpy(), dtype=dtype)
+            name: RoundingErrors.make(
+                self.errors, name, weight.float().cpu().numpy(), sample=samples[name], dtype=dtype
+            )
             for name, weight in matrices.items()
         }
         return {name: made.to(self.network.device) for name, made in found.items() if made.types}
@@ -222,9 +261,9 @@ class Backward:
             if owner != input_of(name):
                 owner = input_of(name)
                 hessian = torch.from_numpy(self.hessians.read(name)).to(self.network.device)
-            rows = traced_rows(made[name].values.shape[1])
+            rows = made[name].traced()
             share = made[name].values.shape[1] / len(rows)
-            per_row = made[name].rows(rows).squares(hessian)
+            per_row = made[name].squares(hessian, rows)
             found[name].traces += share * per_row.sum(1)
             found[name].kronecker += share * (per_row * weights[name][rows]).sum(1)
             found[name].squares += made[name].squares(None).sum(1)

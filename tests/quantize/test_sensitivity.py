@@ -1,5 +1,6 @@
 """Gradients projected onto rounding errors, against finite differences and real divergences."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,10 +12,10 @@ from quantize.network import network as network_module
 from quantize.network import stream
 from quantize.network.hessian import Hessians
 from quantize.network.network import EMBEDDING, Network
-from quantize.sensitivity import inputs
+from quantize.sensitivity import backward, inputs, projection
 from quantize.sensitivity.backward import NothingScored, Sampling, measure_sensitivities
 from quantize.sensitivity.head_gradient import HeadGradient
-from quantize.sensitivity.projection import BadRounding
+from quantize.sensitivity.projection import BadRounding, RowSample
 from quantize.sensitivity.record import InvalidSensitivities, Sensitivities, UnknownChoice
 from tests.quantize import tiny_decoders
 
@@ -148,6 +149,47 @@ def test_errors_are_weighed_by_the_hessian(tmp_path):
             assert made.traces[place] == pytest.approx(trace, rel=1e-4)
             assert made.squares[place] == pytest.approx(np.square(error).sum(), rel=1e-4)
             assert made.kronecker[place] > 0
+
+
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3"])  # the table of the first is its head
+def test_a_sample_of_the_rows_stands_for_all_of_them(variant, tmp_path, monkeypatch):
+    network = opened(tmp_path, variant)
+    sampling = Sampling(n_draws=40, skip=3, seed=1)
+    whole = measured(network, tmp_path / "whole", sampling=sampling)
+    asked: Counter[str] = Counter()
+
+    def noting(name, weights):
+        asked[name] += len(weights)
+        return rounded(name, weights)
+
+    monkeypatch.setattr(projection, "SAMPLED_ROWS", 64)
+    monkeypatch.setattr(projection, "TRACED_WEIGHTS", 0)
+    monkeypatch.setattr(projection, "LEAST_TRACED", 24)
+    monkeypatch.setattr(backward, "HEAD_WEIGHTS", 60 * tiny_decoders.WIDTH)
+    monkeypatch.setattr(backward, "HEAD_ROWS", 20)
+    made = measured(network, tmp_path / "sample", noting, sampling=sampling)
+    assert asked["blk.0.ffn_up.weight"] == 64
+    assert asked["blk.0.attn_k.weight"] == len(network.weight("blk.0.attn_k.weight"))
+    occurring = len(np.unique(WINDOWS)) if network.is_tied else 0
+    assert max(occurring, 40) < asked[network.head_name] < tiny_decoders.VOCABULARY
+    for found, true in ((made.raw(), whole.raw()), (made.kronecker, whole.kronecker)):
+        ratios = (found / true)[np.isfinite(true)]
+        assert ratios.min() > 0.5
+        assert ratios.max() < 2
+        assert np.exp(np.log(ratios).mean()) == pytest.approx(1, abs=0.1)
+    whole_too = [made.names.index(f"blk.1.{name}.weight") for name in ("attn_k", "attn_v")]
+    np.testing.assert_allclose(made.raw()[whole_too], whole.raw()[whole_too], rtol=1e-3)
+
+
+def test_rows_drawn_by_their_chances_count_as_all_in_the_mean():
+    chances = np.array([0.1, 0.5, 1.0, 3.0])
+    total = np.zeros(4)
+    for seed in range(4000):
+        sample = RowSample.drawn(chances, np.random.default_rng(seed))
+        assert sample is not None
+        total[sample.index] += sample.scale**2
+    np.testing.assert_allclose(total / 4000, 1, atol=0.2)
+    assert RowSample.drawn(np.ones(3), np.random.default_rng(0)) is None
 
 
 def test_type_that_a_tensor_was_not_offered_is_unknown(tmp_path):
