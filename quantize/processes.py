@@ -133,7 +133,10 @@ def _serve(connection: Connection, work: Callable, set_up: Callable[[], object] 
             work(task)
         except QuantizeError as error:
             failure = str(error)
-        connection.send(failure)
+        try:
+            connection.send(failure)
+        except BrokenPipeError:  # the parent was killed meanwhile
+            return
 
 
 @contextmanager

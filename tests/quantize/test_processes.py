@@ -3,6 +3,8 @@
 import functools
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -28,6 +30,10 @@ def note(folder: Path, task: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if task == 99:
         time.sleep(600)
+
+
+def kill_the_parent(_task: int) -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
 
 
 def prepare(folder: Path) -> None:
@@ -75,3 +81,14 @@ def test_who_stops_listening_stops_the_work(tmp_path):
     assert next(going) == 1
     going.close()
     assert not any(psutil.pid_exists(pid) for pid in pids(tmp_path))
+
+
+def test_a_process_whose_parent_was_killed_ends_without_a_word():
+    code = """
+from quantize.processes import side_by_side
+from tests.quantize.test_processes import kill_the_parent
+list(side_by_side(kill_the_parent, [1], n_processes=1, name="killing"))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert run.stderr == b""
