@@ -1,15 +1,15 @@
 """The arrays that a quantized block consists of, to llama.cpp's bytes and back.
 
-Owns the layouts of the eleven formats that `quantize.rounding` writes. A weight of group g in block b is
+Owns the layouts of the twelve formats that `quantize.rounding` writes. A weight of group g in block b is
 
     scale[b] * scales[g] * level[code]  +/-  minimum[b] * minimums[g]
 
 with float16 `scale` and `minimum`, small integers `scales` and `minimums` (both 1 in formats that have none),
-and the sign of the minimum minus in K-quants. Knows nothing of how the numbers are chosen. Layouts: block_q*
-in ggml-common.h and dequantize_row_* in ggml-quants.c.
+and the sign of the minimum minus in K-quants. Knows nothing of how the numbers are chosen. Layouts:
+block_* in ggml-common.h and dequantize_row_* in ggml-quants.c.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -65,11 +65,13 @@ class Format:
         return (levels[1:] + levels[:-1]) / 2
 
 
-def _simple(name: str, levels: range | tuple[int, ...], *, has_minimum: bool = False) -> Format:
+def _simple(name: str, levels: Sequence[int], *, has_minimum: bool = False) -> Format:
     return Format(name, 32, 32, tuple(levels), has_minimum)
 
 
-def _super(name: str, group: int, levels: range, scales: range, minimums: range | None = None) -> Format:
+def _super(
+    name: str, group: int, levels: range | tuple[int, ...], scales: range, minimums: range | None = None
+) -> Format:
     return Format(name, 256, group, tuple(levels), minimums is not None, scales, minimums)
 
 
@@ -82,6 +84,7 @@ FORMATS: Mapping[str, Format] = {
         _simple("Q5_1", range(32), has_minimum=True),
         _simple("Q8_0", range(-128, 128)),
         _simple("IQ4_NL", IQ4_NL_LEVELS),
+        _super("IQ4_XS", 32, IQ4_NL_LEVELS, range(-32, 32)),
         _super("Q2_K", 16, range(4), range(16), range(16)),
         _super("Q3_K", 16, range(-4, 4), range(-32, 32)),
         _super("Q4_K", 32, range(16), range(64), range(64)),
@@ -270,6 +273,22 @@ def _unpack_split_sixes(data: np.ndarray, pieces: dict[str, np.ndarray]) -> None
     pieces["scales"] = (low | high).astype(np.int16) - 32
 
 
+def _pack_low_and_high(blocks: Blocks) -> np.ndarray:
+    """Eight scales of 6 bits, stored plus 32: highest 2 bits in 2 bytes, lowest 4 bits side by side in 4."""
+    stored = (_present(blocks.scales) + 32).astype(np.uint16)
+    high = np.zeros(stored.shape[:2], "<u2")
+    for i in range(8):
+        high |= stored[..., i] >> 4 << (2 * i)
+    low = (stored[..., 0::2] & 15) | ((stored[..., 1::2] & 15) << 4)
+    return np.concatenate((high[..., None].view(np.uint8), low.astype(np.uint8)), -1)
+
+
+def _unpack_low_and_high(data: np.ndarray, pieces: dict[str, np.ndarray]) -> None:
+    high = np.ascontiguousarray(data[..., :2]).view("<u2") >> (2 * np.arange(8, dtype=np.uint16)) & 3
+    low = np.stack((data[..., 2:] & 15, data[..., 2:] >> 4), -1).reshape(high.shape)
+    pieces["scales"] = (low | high << 4).astype(np.int16) - 32
+
+
 def _present(values: np.ndarray | None) -> np.ndarray:
     if values is None:
         raise QuantizeError("this format's blocks have integer scales (and minimums), and none are given")
@@ -288,6 +307,7 @@ PARTS: Mapping[str, tuple[Part, ...]] = {
     "Q5_1": (_half("scale"), _half("minimum"), _FIFTH_BITS, _NIBBLES),
     "Q8_0": (_half("scale"), Part(32, _pack_bytes, _unpack_bytes)),
     "IQ4_NL": (_half("scale"), _NIBBLES),
+    "IQ4_XS": (_half("scale"), Part(6, _pack_low_and_high, _unpack_low_and_high), _bits(256, 32, 4)),
     "Q2_K": (
         Part(16, _pack_nibbles, _unpack_nibbles), _bits(256, 128, 2), _half("scale"), _half("minimum"),
     ),

@@ -40,7 +40,7 @@ UNSEEN = MOST, CHOOSING_TOKENS, CHOOSING_SHARE
 #: widest Hessian do: the matrix, what it is rounded to and its bytes; the factors.
 MEMORY_SHARE, BYTES_A_WEIGHT, BYTES_A_MOMENT = 0.6, 12, 48
 #: Changes when the same inputs come to other bytes; not for sums' last bits, which CPUs differ in too.
-VERSION = 3
+VERSION = 4
 
 #: Folders that no finished run needs again: rounded tensors, files that are compared, the state between.
 PARTS, TRIES, BETWEEN = SCRATCH = "parts", "tries", "in-order"
