@@ -13,6 +13,8 @@ from quantize.errors import QuantizeError
 
 DAMPING = 0.01
 LARGEST_DAMPING = 10.0
+SINGLE_PRECISION_SHRINKAGE = 0.01
+SOLVED_AT_ONCE = 256  # columns
 UNKNOWN_SHRINKAGE = 0.2  # where the number of tokens is not known
 
 
@@ -78,9 +80,11 @@ def prepare(
     share = usual_shrinkage(len(hessian), n_tokens) if shrinkage is None else shrinkage
     if not 0 <= share <= 1:
         raise QuantizeError(f"shrinkage is {share}; give 0 (none) to 1 (only the diagonal is left)")
-    damped = torch.from_numpy(np.array(hessian, np.float64))
+    # shrunk so far, the matrix is so well conditioned that float32 is exact enough, at half the work
+    precision = np.float32 if share >= SINGLE_PRECISION_SHRINKAGE else np.float64
+    damped = torch.from_numpy(np.array(hessian, precision))
     damped = (damped + damped.T) / 2
-    plain, diagonal = damped.float(), damped.diagonal().clone()
+    plain, diagonal = damped.to(torch.float32, copy=True), damped.diagonal().clone()
     mean = float(diagonal.mean()) or 1.0
     damped.mul_(1 - share)
     while True:
@@ -123,6 +127,18 @@ def inverse_factor(damped: torch.Tensor) -> torch.Tensor | None:
     lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if failed or not bool(lower.isfinite().all()):
         return None
-    eye = torch.eye(len(damped), dtype=damped.dtype)
-    factor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).contiguous()
+    factor = _inverse_of_lower(lower).flip(0, 1).contiguous()
     return factor if bool(factor.isfinite().all()) else None
+
+
+def _inverse_of_lower(lower: torch.Tensor) -> torch.Tensor:
+    """By halves: products of matrices, two thirds of a triangular solve's work and all at full speed."""
+    n = len(lower)
+    if n <= SOLVED_AT_ONCE:
+        return torch.linalg.solve_triangular(lower, torch.eye(n, dtype=lower.dtype), upper=False)
+    first, last = slice(0, n // 2), slice(n // 2, n)
+    inverse = lower.new_zeros(n, n)
+    inverse[first, first] = _inverse_of_lower(lower[first, first])
+    inverse[last, last] = _inverse_of_lower(lower[last, last])
+    inverse[last, first] = -inverse[last, last] @ (lower[last, first] @ inverse[first, first])
+    return inverse

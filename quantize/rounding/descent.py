@@ -2,8 +2,8 @@
 
 With R = H (W - Q), moving code j alone is best done to Q_j + R_j / H_jj; a group's scale and offset have
 their optimum from the group's own part of H and of R; and a whole block is rounded anew for the weights
-Q_b + H_bb^-1 R_b. No move raises the (damped) loss. Owns R and how it is kept up to date, once a block;
-where the start comes from is the caller's.
+Q_b + H_bb^-1 R_b. No move raises the (damped) loss. Owns R and how it is kept up to date, once a stretch
+of blocks; where the start comes from is the caller's.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from quantize.rounding.feedback import LAZY, feed_back
 from quantize.rounding.grid import Grid, half, inverse, nearest
 
 ENOUGH = 0.002  # of the loss: a pass that gains less is the last
+STRETCH = 256  # columns, whole blocks, after which all others are told of their moves
 PASSES_ANEW = 2  # rounding whole blocks anew costs most and gains least later on
 
 
@@ -34,11 +35,16 @@ def descend(
         if loss > before * (1 - ENOUGH):
             return done
         before = loss
-        for first in range(0, len(weights), size):
-            last = first + size
-            visit = Visit(grid.part(first, last), curvature.part(first, last), pull[first:last].clone())
-            move = visit.run(anew=anew and done < PASSES_ANEW)
-            pull.addmm_(curvature.damped[:, first:last], move, alpha=-1)
+        for begin in range(0, len(weights), max(size, STRETCH)):
+            stretch = slice(begin, begin + max(size, STRETCH))
+            near = pull[stretch].clone()
+            moves = torch.empty_like(near)
+            for at in range(0, len(near), size):
+                own, first, last = slice(at, at + size), begin + at, begin + at + size
+                visit = Visit(grid.part(first, last), curvature.part(first, last), near[own].clone())
+                moves[own] = visit.run(anew=anew and done < PASSES_ANEW)
+                near.addmm_(curvature.damped[stretch, first:last], moves[own], alpha=-1)
+            pull.addmm_(curvature.damped[:, stretch], moves, alpha=-1)
     return passes
 
 
