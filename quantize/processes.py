@@ -16,6 +16,10 @@ from quantize.errors import QuantizeError
 
 Task = TypeVar("Task")
 
+# What a connection raises when the process at its other end has ended: the second where it left
+# something unread.
+GONE = (EOFError, ConnectionError)
+
 
 class WorkFailed(QuantizeError):
     """What a process said was wrong, as the work there raised it."""
@@ -83,18 +87,38 @@ class Processes:
             self._crew.append(_start(self.work, self.set_up))
         busy: dict[Connection, tuple[BaseProcess, Task]] = {}
         for (process, connection), task in zip(self._crew, waiting, strict=False):
-            connection.send(task)
+            self._tell(process, connection, task)
             busy[connection] = process, task
         while busy:
             for ready in wait(list(busy)):
                 assert isinstance(ready, Connection)
                 process, task = busy.pop(ready)
-                _heed(process, ready, self.name)
+                self._heed(process, ready)
                 for following in waiting:
-                    ready.send(following)
+                    self._tell(process, ready, following)
                     busy[ready] = process, following
                     break
                 yield task
+
+    def _tell(self, process: BaseProcess, connection: Connection, task: object) -> None:
+        with self._alive(process):
+            connection.send(task)
+
+    def _heed(self, process: BaseProcess, connection: Connection) -> None:
+        """Raise what a process says was wrong."""
+        with self._alive(process):
+            failure = connection.recv()
+        if failure is not None:
+            raise WorkFailed(failure)
+
+    @contextmanager
+    def _alive(self, process: BaseProcess) -> Iterator[None]:
+        """Raise WorkerDied where the other end of a connection is gone."""
+        try:
+            yield
+        except GONE:
+            process.join()
+            raise WorkerDied(self.name, process.exitcode) from None
 
 
 def _start(work: Callable, set_up: Callable[[], object] | None) -> tuple[BaseProcess, Connection]:
@@ -107,17 +131,6 @@ def _start(work: Callable, set_up: Callable[[], object] | None) -> tuple[BasePro
     return process, ours
 
 
-def _heed(process: BaseProcess, connection: Connection, name: str) -> None:
-    """Raise what a process says, or that it says nothing any more."""
-    try:
-        failure = connection.recv()
-    except EOFError:
-        process.join()
-        raise WorkerDied(name, process.exitcode) from None
-    if failure is not None:
-        raise WorkFailed(failure)
-
-
 def _serve(connection: Connection, work: Callable, set_up: Callable[[], object] | None) -> None:
     """A process's whole life: Ctrl-C is the parent's to handle; a dead parent ends it after its task."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -126,7 +139,7 @@ def _serve(connection: Connection, work: Callable, set_up: Callable[[], object] 
     while True:
         try:
             task = connection.recv()
-        except EOFError:
+        except GONE:
             return
         failure = None
         try:
@@ -135,7 +148,7 @@ def _serve(connection: Connection, work: Callable, set_up: Callable[[], object] 
             failure = str(error)
         try:
             connection.send(failure)
-        except BrokenPipeError:  # the parent was killed meanwhile
+        except GONE:  # the parent was killed meanwhile
             return
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -32,8 +33,20 @@ def note(folder: Path, task: int) -> None:
         time.sleep(600)
 
 
-def kill_the_parent(_task: int) -> None:
-    os.kill(os.getppid(), signal.SIGKILL)
+def kill_the_parent(task: str) -> None:
+    """Before it can be told that the task is done, or after it was told and did not read it."""
+    parent = psutil.Process(os.getppid())
+    if task == "before":
+        parent.kill()
+        while os.getppid() == parent.pid:
+            time.sleep(0.01)
+    else:
+        parent.suspend()
+        threading.Timer(0.5, parent.kill).start()
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def prepare(folder: Path) -> None:
@@ -76,6 +89,11 @@ def test_process_that_dies_is_an_error_with_a_remedy(tmp_path):
         done(tmp_path, [66])
 
 
+def test_process_that_dies_before_it_takes_its_task_is_the_same_error(tmp_path):
+    with pytest.raises(WorkerDied, match=r"noting numbers died \(killed, most likely"):
+        done(tmp_path, [1], set_up=die)
+
+
 def test_who_stops_listening_stops_the_work(tmp_path):
     going = side_by_side(functools.partial(note, tmp_path), [99, 1, 2], n_processes=2, name="noting")
     assert next(going) == 1
@@ -83,11 +101,12 @@ def test_who_stops_listening_stops_the_work(tmp_path):
     assert not any(psutil.pid_exists(pid) for pid in pids(tmp_path))
 
 
-def test_a_process_whose_parent_was_killed_ends_without_a_word():
-    code = """
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_process_whose_parent_was_killed_ends_without_a_word(when):
+    code = f"""
 from quantize.processes import side_by_side
 from tests.quantize.test_processes import kill_the_parent
-list(side_by_side(kill_the_parent, [1], n_processes=1, name="killing"))
+list(side_by_side(kill_the_parent, ["{when}"], n_processes=1, name="killing"))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
     assert run.returncode == -signal.SIGKILL
