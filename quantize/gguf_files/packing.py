@@ -70,7 +70,7 @@ def _simple(name: str, levels: Sequence[int], *, has_minimum: bool = False) -> F
 
 
 def _super(
-    name: str, group: int, levels: range | tuple[int, ...], scales: range, minimums: range | None = None
+    name: str, group: int, levels: Sequence[int], scales: range, minimums: range | None = None
 ) -> Format:
     return Format(name, 256, group, tuple(levels), minimums is not None, scales, minimums)
 

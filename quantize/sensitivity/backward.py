@@ -238,19 +238,16 @@ class Backward:
     def _layer_errors(self, weights: dict[str, Tensor]) -> dict[str, RoundingErrors]:
         """The errors of all matrices of a layer that have candidates, of large ones in a sample of rows."""
         matrices = {name: weight for name, weight in weights.items() if weight.dim() == 2}
-        samples = {name: RowSample.spaced(len(weight)) for name, weight in matrices.items()}
-        rows = {
-            name: len(sample.index) if sample else len(matrices[name]) for name, sample in samples.items()
-        }
-        likely = 4 * LIKELY_TYPES * sum(rows[name] * weight.shape[1] for name, weight in matrices.items())
-        dtype = torch.float32 if likely <= ERROR_BYTES else torch.bfloat16
-        found = {
-            name: RoundingErrors.make(
-                self.errors, name, weight.float().cpu().numpy(), sample=samples[name], dtype=dtype
-            )
-            for name, weight in matrices.items()
-        }
-        return {name: made.to(self.network.device) for name, made in found.items() if made.types}
+        kept = sum(min(len(weight), SAMPLED_ROWS) * weight.shape[1] for weight in matrices.values())
+        dtype = torch.float32 if 4 * LIKELY_TYPES * kept <= ERROR_BYTES else torch.bfloat16
+        found: dict[str, RoundingErrors] = {}
+        for name, weight in matrices.items():
+            sample = RowSample.spaced(len(weight))
+            values = weight.float().cpu().numpy()
+            made = RoundingErrors.make(self.errors, name, values, sample=sample, dtype=dtype)
+            if made.types:
+                found[name] = made.to(self.network.device)
+        return found
 
     def _weigh(
         self, made: dict[str, RoundingErrors], found: dict[str, Sums], weights: dict[str, Tensor]

@@ -19,7 +19,6 @@ Errors = Callable[[str, np.ndarray], Iterable[tuple[str, np.ndarray]]]
 
 GRADIENT_BYTES = 16 * 2**20  # of per-sample gradients held at once; more than the caches hold is slower
 
-
 #: Rows of a layer's matrix that are rounded in every type, and of these as many as are weighed by the full
 #: Hessian of inputs this wide, but no fewer than the last: all rows of a model of 135M, a quarter of an 8B's.
 SAMPLED_ROWS, TRACED_WEIGHTS, LEAST_TRACED = 2048, 2**22, 512
@@ -33,6 +32,35 @@ class BadRounding(QuantizeError):
 
 
 @dataclass(frozen=True, slots=True)
+class RowSample:
+    """Some rows of a matrix, `index`, that stand for all of it: a row's errors are multiplied by its `scale`,
+    one over the root of its chance to be here.
+
+    So sums over rows of anything quadratic have the right mean. What errors of different rows have to do
+    with each other counts for less; it is little beside that.
+    """
+
+    index: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def spaced(cls, n_rows: int) -> "RowSample | None":
+        """SAMPLED_ROWS, evenly spaced; None for a matrix that has no more."""
+        if n_rows <= SAMPLED_ROWS:
+            return None
+        index = _spaced(n_rows, SAMPLED_ROWS)
+        return cls(index, np.full(len(index), np.sqrt(n_rows / len(index)), np.float32))
+
+    @classmethod
+    def drawn(cls, chances: np.ndarray, generator: np.random.Generator) -> "RowSample | None":
+        """Each row by its own chance; None where all are sure."""
+        if (chances >= 1).all():
+            return None
+        index = np.flatnonzero(generator.random(len(chances)) < chances)
+        return cls(index, (1 / np.sqrt(np.minimum(chances[index], 1))).astype(np.float32))
+
+
+@dataclass(frozen=True, slots=True)
 class RoundingErrors:
     """`values` (types, rows, row length), float32 or bfloat16, of some rows of one tensor.
 
@@ -41,7 +69,7 @@ class RoundingErrors:
 
     types: tuple[str, ...]
     values: Tensor
-    sample: "RowSample | None" = None
+    sample: RowSample | None = None
 
     @classmethod
     def make(
@@ -50,7 +78,7 @@ class RoundingErrors:
         name: str,
         weights: np.ndarray,
         *,
-        sample: "RowSample | None" = None,
+        sample: RowSample | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "RoundingErrors":
         """Ask for all candidates once; there may be none. Raises BadRounding."""
@@ -111,35 +139,6 @@ class RoundingErrors:
             weighted = error if hessian is None else error @ hessian
             result[number] = (weighted * error).sum(1).double().cpu()
         return result
-
-
-@dataclass(frozen=True, slots=True)
-class RowSample:
-    """Some rows of a matrix, `index`, that stand for all of it: a row's errors are multiplied by its `scale`,
-    one over the root of its chance to be here.
-
-    So sums over rows of anything quadratic have the right mean. What errors of different rows have to do
-    with each other counts for less; it is little beside that.
-    """
-
-    index: np.ndarray
-    scale: np.ndarray
-
-    @classmethod
-    def spaced(cls, n_rows: int) -> "RowSample | None":
-        """SAMPLED_ROWS, evenly spaced; None for a matrix that has no more."""
-        if n_rows <= SAMPLED_ROWS:
-            return None
-        index = _spaced(n_rows, SAMPLED_ROWS)
-        return cls(index, np.full(len(index), np.sqrt(n_rows / len(index)), np.float32))
-
-    @classmethod
-    def drawn(cls, chances: np.ndarray, generator: np.random.Generator) -> "RowSample | None":
-        """Each row by its own chance; None where all are sure."""
-        if (chances >= 1).all():
-            return None
-        index = np.flatnonzero(generator.random(len(chances)) < chances)
-        return cls(index, (1 / np.sqrt(np.minimum(chances[index], 1))).astype(np.float32))
 
 
 def _spaced(n: int, most: int) -> np.ndarray:

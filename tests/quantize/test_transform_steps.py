@@ -152,8 +152,6 @@ def stepping(folder: Path, n_texts: int) -> Transforms:
     return Transforms(request, (step, step, step))
 
 
-def test_exploring_needs_a_text_and_a_type_of_tensors(wanted, tmp_path):
+def test_exploring_needs_a_text(wanted, tmp_path):
     with pytest.raises(QuantizeError, match="--explore tries transforms on calibration text"):
         run(dataclasses.replace(wanted, out=tmp_path, calibration="none"))
-    with pytest.raises(QuantizeError, match="--explore is 'Q4_K_M', no tensor type"):
-        run(dataclasses.replace(wanted, out=tmp_path, explore="Q4_K_M"))
