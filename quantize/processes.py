@@ -4,6 +4,7 @@ Owns their lives and what they say. Knows nothing of what the work is.
 """
 
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -132,8 +133,9 @@ def _start(work: Callable, set_up: Callable[[], object] | None) -> tuple[BasePro
 
 
 def _serve(connection: Connection, work: Callable, set_up: Callable[[], object] | None) -> None:
-    """A process's whole life: Ctrl-C is the parent's to handle; a dead parent ends it after its task."""
+    """A process's whole life: Ctrl-C is the parent's to handle; a dead parent ends it at once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     if set_up is not None:
         set_up()
     while True:
@@ -148,8 +150,16 @@ def _serve(connection: Connection, work: Callable, set_up: Callable[[], object] 
             failure = str(error)
         try:
             connection.send(failure)
-        except GONE:  # the parent was killed meanwhile
+        except GONE:
             return
+
+
+def _end_with_the_parent() -> None:
+    """A killed parent's next run must have its memory and its folders to itself."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager

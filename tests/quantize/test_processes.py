@@ -34,12 +34,11 @@ def note(folder: Path, task: int) -> None:
 
 
 def kill_the_parent(task: str) -> None:
-    """Before it can be told that the task is done, or after it was told and did not read it."""
+    """While at work, or after it was told that the task is done and did not read it."""
     parent = psutil.Process(os.getppid())
-    if task == "before":
+    if task == "at work":
         parent.kill()
-        while os.getppid() == parent.pid:
-            time.sleep(0.01)
+        time.sleep(600)
     else:
         parent.suspend()
         threading.Timer(0.5, parent.kill).start()
@@ -101,8 +100,8 @@ def test_who_stops_listening_stops_the_work(tmp_path):
     assert not any(psutil.pid_exists(pid) for pid in pids(tmp_path))
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_process_whose_parent_was_killed_ends_without_a_word(when):
+@pytest.mark.parametrize("when", ["at work", "after"])
+def test_a_process_whose_parent_was_killed_ends_at_once_without_a_word(when):
     code = f"""
 from quantize.processes import side_by_side
 from tests.quantize.test_processes import kill_the_parent
