@@ -135,7 +135,7 @@ def _start(work: Callable, set_up: Callable[[], object] | None) -> tuple[BasePro
 def _serve(connection: Connection, work: Callable, set_up: Callable[[], object] | None) -> None:
     """A process's whole life: Ctrl-C is the parent's to handle; a dead parent ends it at once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    end_with_the_parent()
     if set_up is not None:
         set_up()
     while True:
@@ -154,12 +154,17 @@ def _serve(connection: Connection, work: Callable, set_up: Callable[[], object] 
             return
 
 
-def _end_with_the_parent() -> None:
-    """A killed parent's next run must have its memory and its folders to itself."""
+def end_with_the_parent() -> None:
+    """End this process when its parent ends, however that does: the next run of a command that was killed
+    must have its memory and its folders to itself."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+
+    def wait_for_it() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_it, daemon=True).start()
 
 
 @contextmanager

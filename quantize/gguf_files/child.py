@@ -19,7 +19,7 @@ from quantize.calibration.imatrix import ImportanceMatrix
 from quantize.disk import DiskFull
 from quantize.errors import QuantizeError
 from quantize.gguf_files.types import Order, call
-from quantize.processes import deaf
+from quantize.processes import deaf, end_with_the_parent
 
 #: (tensor number, tensors in all, tensor name)
 TensorProgress = Callable[[int, int, str], None]
@@ -124,8 +124,9 @@ def _failure(order: Order, final: Path, lines: list[str], exitcode: int | None) 
 
 
 def _child(order: Order, sender: Connection, last_words: Path) -> None:
-    """The child's whole life: Ctrl-C is the parent's to handle; a dead parent ends it at the next line."""
+    """The child's whole life: Ctrl-C is the parent's to handle; a dead parent ends it at once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_the_parent()
     os.environ["GGML_NO_BACKTRACE"] = "1"
     with last_words.open("wb") as file:
         os.dup2(file.fileno(), 2)

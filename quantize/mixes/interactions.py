@@ -17,11 +17,13 @@ class Interactions:
     In nats, the choices in the order in which each tensor lists them; what lies beyond a tensor's last choice
     is not read. `n_tokens` is what one sample has on average. `shrinkage` multiplies the products of two
     tensors, 0 (they are ignored) to 1 (they are taken as measured); None: estimated from the samples.
+    `shares` (tensors,): of a tensor's rows those that stand for all; its products are believed by the root.
     """
 
     projections: np.ndarray
     n_tokens: float
     shrinkage: float | None = None
+    shares: np.ndarray | None = None
 
 
 def vectors(interactions: Interactions, costs: np.ndarray) -> np.ndarray:
@@ -35,7 +37,8 @@ def vectors(interactions: Interactions, costs: np.ndarray) -> np.ndarray:
     found = np.where(taken[None], interactions.projections, 0.0).transpose(1, 2, 0) * scale
     own = np.einsum("lks,lks->lk", found, found)
     longest = np.sqrt(np.divide(costs, own, out=np.ones_like(own), where=taken & (own > 0)))
-    return found * np.minimum(longest, 1)[:, :, None]
+    believed = np.ones(len(found)) if interactions.shares is None else np.sqrt(interactions.shares)
+    return found * (np.minimum(longest, 1) * believed[:, None])[:, :, None]
 
 
 def estimated_shrinkage(mix: np.ndarray) -> float:

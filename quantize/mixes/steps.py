@@ -56,7 +56,7 @@ from quantize.steps import Facts, Step, write_text
 
 SAMPLING = Sampling(n_draws=2)
 #: Changes when the same inputs come to other sensitivities or Hessians.
-MEASURING = 3
+MEASURING = 4
 #: Types of full precision that are half as large as float32.
 HALVES = "F16", "BF16"
 
@@ -377,4 +377,5 @@ def _interactions(found: Sensitivities, tensors: Sequence[Tensor]) -> Interactio
             if choice.type in found.types:  # what stays as it is adds nothing
                 measured = found.names.index(tensor.name), found.types.index(choice.type)
                 ordered[:, row, place] = found.projections[:, *measured]
-    return Interactions(ordered, found.n_scored)
+    shares = found.shares[[found.names.index(tensor.name) for tensor in tensors]]
+    return Interactions(ordered, found.n_scored, shares=shares)

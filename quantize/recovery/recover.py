@@ -20,7 +20,7 @@ from quantize.recovery.teacher import Teacher
 from quantize.recovery.training import Progress, Settings, TooFewWindows, Training, parameters
 
 #: Changes when the same inputs come to other bytes.
-VERSION = 2
+VERSION = 3
 
 
 class UnusableWindows(QuantizeError):

@@ -203,7 +203,8 @@ class Backward:
         chances = np.maximum(chances, HEAD_ROWS * expected.double().cpu().numpy())
         if self.network.is_tied:
             chances[touched] = 1
-        return RowSample.drawn(chances, np.random.default_rng((self.sampling.seed, rows.start)))
+        seed = np.random.SeedSequence(self.sampling.seed, spawn_key=(rows.start,))
+        return RowSample.drawn(chances, np.random.default_rng(seed))
 
     def _layer(self, index: int) -> None:
         network, n_draws = self.network, self.sampling.n_draws

@@ -36,12 +36,13 @@ class RowSample:
     """Some rows of a matrix, `index`, that stand for all of it: a row's errors are multiplied by its `scale`,
     one over the root of its chance to be here.
 
-    So sums over rows of anything quadratic have the right mean. What errors of different rows have to do
-    with each other counts for less; it is little beside that.
+    So sums over rows of anything quadratic have the right mean. What errors of different rows, or tensors,
+    have to do with each other is mostly the sample's own chance: about `share` of it is left.
     """
 
     index: np.ndarray
     scale: np.ndarray
+    share: float
 
     @classmethod
     def spaced(cls, n_rows: int) -> "RowSample | None":
@@ -49,15 +50,17 @@ class RowSample:
         if n_rows <= SAMPLED_ROWS:
             return None
         index = _spaced(n_rows, SAMPLED_ROWS)
-        return cls(index, np.full(len(index), np.sqrt(n_rows / len(index)), np.float32))
+        share = len(index) / n_rows
+        return cls(index, np.full(len(index), share**-0.5, np.float32), share)
 
     @classmethod
     def drawn(cls, chances: np.ndarray, generator: np.random.Generator) -> "RowSample | None":
-        """Each row by its own chance; None where all are sure."""
+        """Each row by its own chance; None where all are sure. Those that matter should be: of what they have
+        to do with other tensors nothing counts as lost."""
         if (chances >= 1).all():
             return None
         index = np.flatnonzero(generator.random(len(chances)) < chances)
-        return cls(index, (1 / np.sqrt(np.minimum(chances[index], 1))).astype(np.float32))
+        return cls(index, (1 / np.sqrt(np.minimum(chances[index], 1))).astype(np.float32), 1.0)
 
 
 @dataclass(frozen=True, slots=True)

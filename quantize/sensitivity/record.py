@@ -18,7 +18,7 @@ from quantize.errors import QuantizeError
 from quantize.sensitivity.inputs import BLOCKS, input_block
 from quantize.sensitivity.shrink import shrunk
 
-_ARRAYS = ("projections", "traces", "kronecker", "squares", "inputs")
+_ARRAYS = ("projections", "traces", "kronecker", "squares", "inputs", "shares")
 
 
 class UnknownChoice(QuantizeError):
@@ -46,6 +46,7 @@ class Sensitivities:
     the divergence would be if inputs and gradients were independent. `squares`: the sum of D^2. Of a tied
     embedding `traces` are the head's alone; of an untied one all sums are over the rows that occurred.
     `inputs` (tensors, BLOCKS): nats a token that it costs to round what a tensor is multiplied with.
+    `shares` (tensors,): of a tensor's rows those that were measured, and stand for all: 1 but for large ones.
     """
 
     key: str
@@ -58,6 +59,7 @@ class Sensitivities:
     kronecker: np.ndarray
     squares: np.ndarray
     inputs: np.ndarray
+    shares: np.ndarray
 
     @property
     def n_samples(self) -> int:
@@ -91,7 +93,8 @@ class Sensitivities:
         return float(sum(costs[place] for place in self._places(choice)))
 
     def predict_jointly(self, choice: Mapping[str, str]) -> float:
-        """The same with all cross terms between tensors; its relative error is about sqrt(2 / samples)."""
+        """The same with all cross terms between tensors; its relative error is about sqrt(2 / samples) where
+        all rows were measured."""
         total = np.zeros(self.n_samples)
         for place in self._places(choice):
             total += self.projections[:, *place]

@@ -18,13 +18,13 @@ from quantize.sensitivity.projection import BadRounding, RoundingErrors
 from quantize.sensitivity.record import Sensitivities
 
 _SUMS = "traces", "kronecker", "squares"
-_FIELDS = ("types", "projections", *_SUMS, "inputs")
+_FIELDS = ("types", "projections", *_SUMS, "inputs", "share")
 
 
 @dataclass(slots=True)
 class Entry:
-    """One tensor's measurements: `projections` (draws, windows, types), `inputs` (windows, BLOCKS), the
-    others (types,)."""
+    """One tensor's measurements: `projections` (draws, windows, types), `inputs` (windows, BLOCKS), `share`
+    (), the others (types,)."""
 
     types: np.ndarray
     projections: np.ndarray
@@ -32,6 +32,7 @@ class Entry:
     kronecker: np.ndarray
     squares: np.ndarray
     inputs: np.ndarray
+    share: np.ndarray
 
 
 @dataclass(slots=True)
@@ -101,7 +102,10 @@ class Tally:
             projections[:, row, columns] = by_window
             for field_name, values in sums.items():
                 values[row, columns] = getattr(entry, field_name)
-        return Sensitivities(self.key, known, types, n_scored, n_draws, projections, **sums, inputs=inputs)
+        shares = np.array([float(self.entries[name].share) for name in known])
+        return Sensitivities(
+            self.key, known, types, n_scored, n_draws, projections, **sums, inputs=inputs, shares=shares
+        )
 
 
 class Sums:
@@ -115,6 +119,7 @@ class Sums:
         """Make room at the first rows; check that later rows have the same types."""
         if self.types is None:
             self.types = made.types
+            self.share = made.sample.share if made.sample else 1.0
             self.projections = torch.zeros(*self._shape, len(made.types)).double()
             self.inputs = torch.zeros(self._shape[1], len(BLOCKS)).double()
             self.traces, self.kronecker, self.squares = torch.zeros(3, len(made.types)).double().unbind()
@@ -137,4 +142,5 @@ class Sums:
             np.array(self.types),
             self.projections.float().numpy(),
             *(sums.numpy() for sums in (self.traces, self.kronecker, self.squares, self.inputs)),
+            share=np.array(self.share),
         )

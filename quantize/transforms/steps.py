@@ -31,7 +31,7 @@ from quantize.transforms.kinds import Transform, transforms
 from quantize.transforms.trials import Ground, Progress, Rounding, Trials, nearest
 
 #: Changes when the same inputs come to other numbers.
-VERSION = 1
+VERSION = 2
 WINDOW = 128  # tokens that moments are collected on at a time
 #: One conversation in so many is measured on, and not among those that moments are collected on.
 HELD_BACK = 5

@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +280,17 @@ def test_vectors_reproduce_the_products_of_the_projections():
     a = given.projections[:, np.arange(5), [0, 1, 2, 1, 0]]
     products = (a.sum(1) ** 2 - (a**2).sum(1)).mean() / (2 * given.n_tokens)
     assert (v.sum(0) ** 2).sum() - (v**2).sum() == pytest.approx(products)
+
+
+def test_products_of_tensors_that_few_rows_stand_for_are_believed_less():
+    draw = np.random.default_rng(12)
+    tensors = random_tensors(draw, 2, 1)
+    given = random_interactions(draw, tensors, 16, common=0.5)
+    costs = (given.projections**2).mean(0) / (2 * given.n_tokens)
+    (a, b), (c, d) = (
+        vectors(replace(given, shares=shares), costs)[:, 0] for shares in (None, np.array([0.25, 0.5]))
+    )
+    assert c @ d == pytest.approx(a @ b * (0.25 * 0.5) ** 0.5)
 
 
 def test_speed_has_a_price_and_keeps_its_allowance_of_divergence():

@@ -1,6 +1,7 @@
 """Processes side by side: all tasks are done, what fails is said, and none is left behind."""
 
 import functools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from quantize import processes
 from quantize.errors import QuantizeError
 from quantize.processes import WorkerDied, WorkFailed, side_by_side
 
@@ -33,15 +35,9 @@ def note(folder: Path, task: int) -> None:
         time.sleep(600)
 
 
-def kill_the_parent(task: str) -> None:
-    """While at work, or after it was told that the task is done and did not read it."""
-    parent = psutil.Process(os.getppid())
-    if task == "at work":
-        parent.kill()
-        time.sleep(600)
-    else:
-        parent.suspend()
-        threading.Timer(0.5, parent.kill).start()
+def kill_the_parent(_task: int) -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
 
 
 def die() -> None:
@@ -100,13 +96,29 @@ def test_who_stops_listening_stops_the_work(tmp_path):
     assert not any(psutil.pid_exists(pid) for pid in pids(tmp_path))
 
 
-@pytest.mark.parametrize("when", ["at work", "after"])
-def test_a_process_whose_parent_was_killed_ends_at_once_without_a_word(when):
-    code = f"""
+def test_a_process_whose_parent_was_killed_ends_at_once_without_a_word():
+    code = """
 from quantize.processes import side_by_side
 from tests.quantize.test_processes import kill_the_parent
-list(side_by_side(kill_the_parent, ["{when}"], n_processes=1, name="killing"))
+list(side_by_side(kill_the_parent, [1], n_processes=1, name="killing"))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
     assert run.returncode == -signal.SIGKILL
     assert run.stderr == b""
+
+
+@pytest.mark.parametrize("wait_s", [0, 0.3], ids=["before it is told what was done", "without reading that"])
+def test_work_ends_quietly_where_the_other_side_of_the_connection_is_gone(wait_s, monkeypatch):
+    monkeypatch.setattr(processes, "end_with_the_parent", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    ours, theirs = multiprocessing.Pipe()
+    ours.send("a task")
+    closing = threading.Timer(wait_s, ours.close)
+
+    def work(_task: str) -> None:
+        closing.start()
+        if not wait_s:
+            closing.join()
+
+    processes._serve(theirs, work, None)
+    closing.join()

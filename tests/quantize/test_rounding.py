@@ -11,6 +11,8 @@ import torch
 from quantize.errors import QuantizeError
 from quantize.gguf_files.packing import FORMATS, unpack
 from quantize.gguf_files.types import dequantize_rows, quantize_rows
+from quantize.rounding import curvature as curvature_module
+from quantize.rounding import descent as descent_module
 from quantize.rounding import kernels
 from quantize.rounding.curvature import BadHessian, inverse_factor, prepare
 from quantize.rounding.descent import Visit
@@ -182,13 +184,37 @@ def test_a_hessian_of_zeros_keeps_ggmls_rounding():
     assert made.kept.all()
 
 
-def test_factor_is_that_of_the_inverse():
+@pytest.mark.parametrize("at_once", [64, 9])
+def test_factor_is_that_of_the_inverse(at_once, monkeypatch):
+    monkeypatch.setattr(curvature_module, "SOLVED_AT_ONCE", at_once)
     exact = torch.from_numpy(hessian_of(activations(4, 500, 64)).astype(np.float64))
     factor = inverse_factor(exact)
     assert factor is not None
     torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(exact), rtol=1e-6, atol=1e-8)
     assert torch.equal(factor, factor.triu())
     assert inverse_factor(-exact) is None
+
+
+def test_the_factor_of_single_precision_is_that_of_double():
+    exact = hessian_of(activations(4, 300))
+    single, double = prepare(exact, shrinkage=0.01), prepare(exact, shrinkage=0.0099999)
+    torch.testing.assert_close(
+        single.factor, double.factor, rtol=1e-3, atol=1e-4 * float(double.factor.max())
+    )
+    assert not torch.equal(single.factor, double.factor)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K"])
+def test_columns_far_away_are_told_of_all_moves_at_last(name, monkeypatch):
+    n = 320 if FORMATS[name].block == 32 else 768
+    weights = some_weights(24, n)
+    curvature = prepare(hessian_of(activations(5, 2000, n)), shrinkage=0)
+    losses = {}
+    for stretch in (32, 256, 512):
+        monkeypatch.setattr(descent_module, "STRETCH", stretch)
+        losses[stretch] = round_matrix(weights, name, hessian=curvature).loss
+    assert losses[256] == pytest.approx(losses[32], rel=1e-3)
+    assert losses[512] == pytest.approx(losses[32], rel=1e-3)
 
 
 def test_few_tokens_are_believed_less():

@@ -170,6 +170,9 @@ def test_a_sample_of_the_rows_stands_for_all_of_them(variant, tmp_path, monkeypa
     made = measured(network, tmp_path / "sample", noting, sampling=sampling)
     assert asked["blk.0.ffn_up.weight"] == 64
     assert asked["blk.0.attn_k.weight"] == len(network.weight("blk.0.attn_k.weight"))
+    shares = dict(zip(made.names, made.shares, strict=True))
+    assert shares["blk.0.ffn_up.weight"] == 64 / len(network.weight("blk.0.ffn_up.weight"))
+    assert shares["blk.0.attn_k.weight"] == shares[network.head_name] == 1
     occurring = len(np.unique(WINDOWS)) if network.is_tied else 0
     assert max(occurring, 40) < asked[network.head_name] < tiny_decoders.VOCABULARY
     for found, true in ((made.raw(), whole.raw()), (made.kronecker, whole.kronecker)):
@@ -319,7 +322,7 @@ def test_file_reads_back_without_pickle(tmp_path):
     assert (again.key, again.names, again.types, again.n_scored, again.n_draws) == (
         (made.key, made.names, made.types, 9, 2)
     )
-    for name in ("projections", "traces", "kronecker", "squares"):
+    for name in ("projections", "traces", "kronecker", "squares", "inputs", "shares"):
         np.testing.assert_array_equal(getattr(again, name), getattr(made, name))
 
 

@@ -26,6 +26,7 @@ def drawn(truth: np.ndarray, expected: np.ndarray, *, n_windows: int, n_draws: i
         expected,
         expected,
         inputs=np.zeros((len(NAMES), 2)),
+        shares=np.ones(len(NAMES)),
     )
 
 
