@@ -25,6 +25,7 @@ from quantize.mixes.judging import PIECE, pieces, ratio, typical
 from quantize.mixes.workshop import WINDOW, Workshop
 from quantize.network.stream import cut
 from quantize.pipeline import run
+from quantize.rounding import kernels
 from quantize.settings import NeedsCalibration
 from quantize.source import UnusableSource, digest, find
 
@@ -98,6 +99,16 @@ def test_nothing_large_is_left_and_sensitivities_are(finished):
 def test_same_run_again_does_nothing(copy, wanted, made):
     run(dataclasses.replace(wanted, out=copy))
     assert made == []
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_report_says_where_rounding_had_no_compiled_loops(copy, wanted, monkeypatch, found):
+    if not found:
+        monkeypatch.setattr(kernels, "library_path", lambda: copy / "librounding.so")
+        monkeypatch.setattr(kernels, "are_there", kernels.are_there.__wrapped__)
+    report = run(dataclasses.replace(wanted, out=copy))
+    said = [warning for warning in report.warnings if "install lq anew where a C++ compiler is" in warning]
+    assert len(said) == (not found)
 
 
 def test_another_budget_takes_over_sensitivities(copy, wanted, made):
