@@ -26,13 +26,22 @@ class Odd(QuantizeError):
 
 
 def note(folder: Path, task: int) -> None:
-    (folder / str(task)).write_text(str(os.getpid()))
+    """Leave this process's id in a file of the task's name; then fail, die or stay, as the number says."""
+    writing = folder / f"writing-{task}"
+    writing.write_text(str(os.getpid()))
+    writing.rename(folder / str(task))  # a process killed while it writes leaves no half of it
     if task == 13:
+        wait_for(folder / "99")
         raise Odd(task, "odd")
     if task == 66:
         os.kill(os.getpid(), signal.SIGKILL)
     if task == 99:
         time.sleep(600)
+
+
+def wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
 
 
 def kill_the_parent(_task: int) -> None:
@@ -76,6 +85,7 @@ def test_nothing_to_do_is_nothing(tmp_path):
 def test_what_is_wrong_is_said_and_all_processes_are_gone(tmp_path):
     with pytest.raises(WorkFailed, match=r"^13 is odd$"):
         done(tmp_path, [99, 13])
+    assert len(pids(tmp_path)) == 2
     assert not any(psutil.pid_exists(pid) for pid in pids(tmp_path))
 
 
@@ -92,6 +102,7 @@ def test_process_that_dies_before_it_takes_its_task_is_the_same_error(tmp_path):
 def test_who_stops_listening_stops_the_work(tmp_path):
     going = side_by_side(functools.partial(note, tmp_path), [99, 1, 2], n_processes=2, name="noting")
     assert next(going) == 1
+    wait_for(tmp_path / "99")
     going.close()
     assert not any(psutil.pid_exists(pid) for pid in pids(tmp_path))
 
